@@ -1,0 +1,63 @@
+"""Constructor arguments of backbones, read back from their modules.
+
+A network built through ``QuantNet`` remembers its options. One that a user built directly does not, so they are derived
+here from its attributes and tensor shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from qsr_plugin.checkpoint import CheckpointError
+
+
+def _edsr(net: nn.Module) -> dict[str, Any]:
+    return {
+        "num_in_ch": net.conv_first.in_channels,
+        "num_out_ch": net.conv_last.out_channels,
+        "num_feat": net.conv_first.out_channels,
+        "num_block": len(net.body),
+        "upscale": math.prod(m.upscale_factor for m in net.upsample if isinstance(m, nn.PixelShuffle)),
+        "res_scale": net.body[0].res_scale,
+        "img_range": net.img_range,
+        "rgb_mean": [round(float(value), 6) for value in net.mean.flatten()],
+    }
+
+
+def _msrresnet(net: nn.Module) -> dict[str, Any]:
+    return {
+        "num_in_ch": net.conv_first.in_channels,
+        "num_out_ch": net.conv_last.out_channels,
+        "num_feat": net.conv_first.out_channels,
+        "num_block": len(net.body),
+        "upscale": net.upscale,
+    }
+
+
+def _srresnet(net: nn.Module) -> dict[str, Any]:
+    options = {"bias": net.body[0].conv1.bias is not None, "bn_eps": net.body[0].bn1.eps, "output": net.output}
+    return {**_msrresnet(net), **options}
+
+
+_READERS = {"EDSR": _edsr, "MSRResNet": _msrresnet, "SRResNet": _srresnet}
+
+
+def describe_backbone(net: nn.Module) -> dict[str, Any]:
+    """Options that rebuild a network's float backbone.
+
+    Args:
+        net: Float or quantized network.
+
+    Raises:
+        CheckpointError: For a class without a reader here.
+    """
+    kind = getattr(net, "float_class", type(net)).__name__
+    if kind not in _READERS:
+        raise CheckpointError(
+            f"the constructor arguments of {kind} are not known: build it with QuantNet, or set net.backbone_options = "
+            "{'type': ..., and its arguments} before saving"
+        )
+    return {"type": kind, **_READERS[kind](net)}

@@ -1,0 +1,58 @@
+"""``QuantNet``: the registered arch that turns any registered float arch into a quantized network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Union
+
+from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
+
+from qsr_plugin.errors import suggest
+from qsr_plugin.quant.recipe import Recipe, load_recipe
+from qsr_plugin.quant.surgery import quantize_model
+
+_FOREIGN = {"basicsr", "qsr"}
+
+
+def build_backbone(options: Mapping[str, Any]) -> nn.Module:
+    """Build a float network from the host's registry.
+
+    Args:
+        options: ``type`` and the constructor's arguments. A class of this package is found with or without its
+            registry suffix ``_qsr``.
+
+    Returns:
+        The network, with the attribute ``backbone_options`` (a plain copy of ``options``).
+
+    Raises:
+        ValueError: For an unknown type, with the closest registered one, or arguments the class does not take.
+    """
+    options = deepcopy(dict(options))
+    kind, known = str(options.get("type")), set(ARCH_REGISTRY.keys())
+    name = kind if kind in known else f"{kind}_qsr"
+    if name not in known:
+        names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
+        raise ValueError(f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)}")
+    try:
+        net = build_network({**options, "type": name})
+    except TypeError as error:
+        raise ValueError(f"network_g.backbone ({kind}): {error}") from None
+    net.backbone_options = {**options, "type": kind}
+    return net
+
+
+@ARCH_REGISTRY.register()
+def QuantNet(backbone: Mapping[str, Any], recipe: Union[str, Mapping[str, Any], Recipe]) -> nn.Module:
+    """Build a quantized network; it behaves like the float one and its parameters keep their names.
+
+    Args:
+        backbone: Options of the float arch: ``type`` and its arguments.
+        recipe: Name of a shipped recipe, or a mapping (see :func:`qsr_plugin.load_recipe`).
+
+    Returns:
+        The quantized network, not calibrated yet.
+    """
+    return quantize_model(build_backbone(backbone), load_recipe(recipe))

@@ -1,0 +1,262 @@
+"""Reading and writing weights: safe, strict and atomic.
+
+Nothing here ever runs code from a file: ``.safetensors`` holds only tensors and text, and other files go through
+PyTorch's weights-only reader.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from qsr_plugin import __version__
+from qsr_plugin.quant.recipe import RecipeError
+from qsr_plugin.quant.surgery import plugin_keys
+
+logger = logging.getLogger("qsr_plugin")
+
+#: Layout of the metadata in our files; raised when an older reader could misread a newer file.
+FORMAT = 1
+_SUFFIX_HELP = "expected a state dict saved as .pth (torch.save of tensors) or .safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be used as weights; the message names the file, what is wrong and what to do."""
+
+
+# -- writing --------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> None:
+    """Write a file so that a crash leaves either the old or the new one, never half.
+
+    Args:
+        path: Final place.
+        write: Called with a temporary path in the same folder.
+
+    Raises:
+        OSError: If writing failed (disk full, no permission); the final place is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
+            raise OSError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
+        raise
+
+
+def save_torch(data: Mapping[str, Any], path: Union[str, Path]) -> None:
+    """``torch.save``, atomically."""
+    write_atomically(path, lambda temporary: torch.save(dict(data), temporary))
+
+
+def save_quantized(net: nn.Module, path: Union[str, Path]) -> None:
+    """Save a quantized network as one ``.safetensors`` file that :func:`load_quantized` rebuilds without any YAML.
+
+    The state dict is stored as it is (float master weights and ranges); the metadata holds backbone options, recipe,
+    scale and plugin version.
+
+    Args:
+        net: Network from :func:`qsr_plugin.quantize_model` or ``QuantNet``.
+        path: Ends in ``.safetensors``.
+
+    Raises:
+        CheckpointError: If the network is not quantized or its constructor's arguments are not known.
+        OSError: If the file cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"'{path}': quantized networks are saved as .safetensors; change the ending")
+    if getattr(net, "recipe", None) is None:
+        raise CheckpointError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
+    data = safetensors_bytes(tensors, metadata=metadata_of(net))
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def metadata_of(net: nn.Module) -> dict[str, str]:
+    """Text that goes with a quantized network's tensors."""
+    backbone = getattr(net, "backbone_options", None)
+    if backbone is None:
+        from qsr_plugin.archs.describe import describe_backbone
+
+        backbone = describe_backbone(net)
+    return {
+        "format": str(FORMAT),
+        "qsr_plugin": __version__,
+        "backbone": json.dumps(backbone),
+        "recipe": json.dumps(net.recipe.to_dict()),
+        "scale": str(backbone.get("upscale", backbone.get("scale", ""))),
+    }
+
+
+# -- reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a checkpoint without running any code from it.
+
+    Returns:
+        The file's content (tensors, possibly nested under ``params``) and its metadata (empty for ``.pth``).
+
+    Raises:
+        CheckpointError: For a missing, damaged, foreign or unsafe file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; {_SUFFIX_HELP}")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file ({error}): get it again") from None
+    kind = _foreign_kind(path)
+    if kind:
+        raise CheckpointError(f"{path} is {kind}; {_SUFFIX_HELP}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises many kinds for damaged files
+        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects, not only tensors, and was not opened: they could run code. In the "
+                "program that made it, save net.state_dict() instead of the network itself."
+            ) from None
+        raise CheckpointError(f"{path} is damaged or cut short ({type(error).__name__}): get or save it again") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; {_SUFFIX_HELP}")
+    return dict(content), {}
+
+
+def _foreign_kind(path: Path) -> str:
+    """What a file is if it is certainly no state dict, else an empty string."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "empty (zero bytes)"
+    if head.lstrip()[:1] == b"<":
+        return "an HTML or XML page (a failed download?)"
+    if path.suffix == ".onnx":
+        return "an ONNX model"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return "a TorchScript program"
+    return ""
+
+
+def state_dict_in(content: Mapping[str, Any], path: Union[str, Path], prefer: str = "params_ema") -> dict[str, Tensor]:
+    """Find the state dict in a checkpoint: under ``params_ema`` or ``params``, or bare; ``module.`` is stripped.
+
+    Args:
+        content: What :func:`read_file` returned.
+        path: For messages.
+        prefer: Which of the two keys to take when both are there.
+
+    Raises:
+        CheckpointError: If there are no tensors in it.
+    """
+    keys = [prefer, "params_ema", "params"]
+    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) != len(state):
+        odd = sorted(set(map(str, state)) - set(tensors))[:3]
+        raise CheckpointError(f"{path} is not a state dict (entries like {', '.join(odd)}); {_SUFFIX_HELP}")
+    return {key[7:] if key.startswith("module.") else key: value for key, value in tensors.items()}
+
+
+def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "params_ema") -> int:
+    """Load a float checkpoint into a float or quantized network; every float key must be there, none may be left over.
+
+    Args:
+        net: Network; keys of its quantizers and bit policies are left alone.
+        path: ``.pth`` or ``.safetensors`` of the float network.
+        prefer: See :func:`state_dict_in`.
+
+    Returns:
+        Number of keys loaded, all of them.
+
+    Raises:
+        CheckpointError: On any missing, unexpected or differently shaped key; nothing is changed then.
+    """
+    content, metadata = read_file(path)
+    state = state_dict_in(content, path, prefer)
+    if "recipe" in metadata or any("_quantizer." in key for key in state):
+        raise CheckpointError(
+            f"{path} is a quantized checkpoint, a float one is wanted here. Use it as path.pretrain_network_g in an "
+            "option file, or qsr_plugin.load_quantized(path)."
+        )
+    own = net.state_dict()
+    expected = {key: value for key, value in own.items() if key not in plugin_keys(net)}
+    problems = key_differences(expected, state)
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit {type(net).__name__} ({len(problems)} of {len(expected)} keys differ); nothing was "
+            "loaded. Check backbone type, sizes and scale. First differences:\n  " + "\n  ".join(problems[:8])
+        )
+    net.load_state_dict({**own, **state})
+    logger.info("loaded %d of %d keys of the float network from %s", len(state), len(expected), path)
+    return len(state)
+
+
+def key_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Readable list of missing, unexpected and differently shaped keys."""
+    lines = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in found]
+    lines += [f"unexpected: {key} {tuple(found[key].shape)}" for key in found if key not in expected]
+    for key in expected:
+        if key in found and expected[key].shape != found[key].shape:
+            lines.append(f"shape: {key} is {tuple(found[key].shape)}, the network wants {tuple(expected[key].shape)}")
+    return lines
+
+
+def load_quantized(path: Union[str, Path]) -> nn.Module:
+    """Rebuild a quantized network from a file of :func:`save_quantized`, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: If the file is no such file, or was written by a newer version.
+    """
+    content, metadata = read_file(path)
+    if not {"backbone", "recipe", "format"} <= set(metadata):
+        raise CheckpointError(
+            f"{path} has no recipe in it: it was not written by save_quantized. For float weights use "
+            "quantize_model(...) and load_float_weights; a training's net_g_*.pth needs its option file."
+        )
+    if int(metadata["format"]) > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by qsr_plugin {metadata.get('qsr_plugin')} in format {metadata['format']}, this is "
+            f"{__version__} (format {FORMAT}): update qsr_plugin"
+        )
+    from qsr_plugin.compat import import_host
+
+    import_host()
+    from qsr_plugin.archs.quant_net_arch import QuantNet
+
+    try:
+        net = QuantNet(json.loads(metadata["backbone"]), json.loads(metadata["recipe"]))
+    except (RecipeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
+    problems = key_differences(net.state_dict(), content)
+    if problems:
+        raise CheckpointError(f"{path} does not hold the network it describes:\n  " + "\n  ".join(problems[:8]))
+    net.load_state_dict(content)
+    return net.eval()

@@ -1,0 +1,22 @@
+"""Messages that help: the closest allowed name for a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """Return the tail of an error message for an unknown name.
+
+    Args:
+        name: What the user wrote.
+        allowed: Every name that would have been accepted.
+
+    Returns:
+        ``"Did you mean 'x'? Allowed: a, b, c."``; the question is left out when nothing is close.
+    """
+    options = sorted({str(option) for option in allowed})
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Allowed: {', '.join(options) or '(nothing)'}."

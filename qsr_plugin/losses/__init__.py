@@ -1,0 +1,1 @@
+"""Losses of quantized training, registered in the host's LOSS_REGISTRY."""

@@ -1,0 +1,142 @@
+"""Static post-training ranges: min-max, percentile, OMSE, and the learned-range grids they feed.
+
+Min-max: Jacob et al., CVPR 2018. Percentile: Li et al., CVPR 2019. OMSE and the joint fine-tuning of these ranges follow
+the comparison of AdaBM (Hong and Lee, CVPR 2024). Activations use an asymmetric grid between two bounds, both of them
+levels; weights a symmetric one. Zero is a level of neither in general. Biases stay float.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qsr_plugin.quant.observers import Observer, Range, build_observer, omse, quantile
+from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
+from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
+
+ObserverName = Literal["minmax", "percentile", "omse"]
+#: Candidates of the OMSE search on weights.
+WEIGHT_CANDIDATES = 50
+
+
+class _BoundedQuantizer(Quantizer):
+    """Grid of ``2^b`` levels from ``lower`` to ``upper``: ``round((clip(x) - l) / s) s + l`` with ``s = (u - l) / (2^b - 1)``."""
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Fake-quantize ``x``; a value exactly on a bound counts as inside."""
+        lower, upper = self._bounds()
+        limits = int_limits(self.expand(bits, x), signed=False)
+        return fake_quantize(x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=lower.detach())
+
+    def qparams(self, bits: int | None = None) -> QParams:
+        """Grid at one bit width; the zero point is real-valued."""
+        lower, upper = (bound.detach() for bound in self._bounds())
+        _, steps = int_limits(bits or self.candidates[0], signed=False)
+        scale = (upper - lower) / steps
+        return QParams(scale, -lower / scale, 0, int(steps))
+
+    def range_parameters(self) -> list[nn.Parameter]:
+        """The bounds."""
+        return list(self.parameters())
+
+
+@register_quantizer("asymmetric")
+class AsymmetricQuantizer(_BoundedQuantizer):
+    """Trainable lower and upper bound, set by an observer."""
+
+    class Options(StrictOptions):
+        """Options of :class:`AsymmetricQuantizer`.
+
+        Attributes:
+            observer: How a batch proposes a range.
+            alpha: Upper quantile of the percentile observer; the lower one is ``1 - alpha``.
+            momentum: Weight of the past when batches are joined.
+        """
+
+        observer: ObserverName = "minmax"
+        alpha: float = Field(0.99, gt=0.5, le=1)
+        momentum: float = Field(0.9, ge=0, lt=1)
+
+    def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
+        super().__init__(options, candidates, role, channel_axis)
+        self.lower = nn.Parameter(torch.zeros(()))
+        self.upper = nn.Parameter(torch.zeros(()))
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        return self.lower, self.upper
+
+    def make_observer(self) -> Observer:
+        """The observer of the options."""
+        o = self.options
+        return build_observer(o.observer, momentum=o.momentum, alpha=o.alpha, bits=max(self.candidates))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the observed bounds."""
+        self.lower.copy_(low)
+        self.upper.copy_(high)
+        self.project()
+
+    def project(self) -> None:
+        """Keep the upper bound above the lower one."""
+        with torch.no_grad():
+            width = TINY_RANGE + 1e-6 * self.lower.abs()
+            self.upper.copy_(torch.maximum(self.upper, self.lower + width))
+
+
+@register_quantizer("symmetric")
+class SymmetricQuantizer(_BoundedQuantizer):
+    """One trainable bound ``u``: ``2^b`` levels from ``-u`` to ``u``, for weights."""
+
+    class Options(StrictOptions):
+        """Options of :class:`SymmetricQuantizer`.
+
+        Attributes:
+            observer: How the weight proposes its bound.
+            alpha: Quantile of the percentile observer.
+            reference: ``absolute`` looks at magnitudes; ``signed`` at signed values, as the published harness does.
+        """
+
+        observer: ObserverName = "minmax"
+        alpha: float = Field(0.99, gt=0.5, le=1)
+        reference: Literal["absolute", "signed"] = "absolute"
+
+    roles = ("weight",)
+
+    def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
+        super().__init__(options, candidates, role, channel_axis)
+        self.bound = nn.Parameter(torch.zeros(()))
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        return -self.bound, self.bound
+
+    def make_observer(self) -> Observer:
+        """A weight is seen once, so nothing is averaged."""
+        return Observer(self._statistic, momentum=0.0)
+
+    def _statistic(self, weight: Tensor) -> Range:
+        options = self.options
+        values = weight.detach().float()
+        values = values.abs() if options.reference == "absolute" else values
+        if options.observer == "percentile":
+            high = quantile(values, options.alpha)
+        else:
+            high = weight.detach().float().abs().amax() if options.observer == "minmax" else values.amax()
+        if options.observer == "omse":
+            return omse(weight, -high, high, max(self.candidates), WEIGHT_CANDIDATES)
+        return -high, high
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the upper bound."""
+        self.bound.copy_(high)
+        self.project()
+
+    def project(self) -> None:
+        """Keep the bound positive."""
+        with torch.no_grad():
+            self.bound.clamp_(min=TINY_RANGE)

@@ -1,0 +1,1 @@
+"""Models: training, validation and saving of quantized networks in the host's pipeline."""

@@ -1,0 +1,43 @@
+"""Finding where a number stopped being finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str]) -> str:
+    """Name the first thing with a NaN or an infinity: an input file, a parameter or a module's output.
+
+    Args:
+        net: Bare network; it is run once more on ``lq``.
+        lq: Input batch (N, 3, H, W).
+        gt: Ground truth batch.
+        paths: File names of the batch's images.
+    """
+    for batch, kind in ((lq, "LQ"), (gt, "GT")):
+        bad = (~torch.isfinite(batch)).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            return f"{kind} image {', '.join(paths[i] if i < len(paths) else f'number {i}' for i in bad)}"
+    for name, parameter in net.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"parameter {name}"
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(f"output of {name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in net.named_modules() if name]
+    try:
+        with torch.no_grad():
+            net(lq)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself (the network's output is finite)"

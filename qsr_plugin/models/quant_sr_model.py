@@ -1,0 +1,327 @@
+"""``QuantSRModel``: the host's SR model for quantized networks.
+
+On top of ``SRModel``: float weights, calibration, stages with a learning rate per parameter group, a float teacher,
+losses on features and bits, EMA that carries buffers, checkpoints that survive a crash, and exact resume.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import master_only
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import nn
+
+from qsr_plugin import checkpoint
+from qsr_plugin.archs.quant_net_arch import build_backbone
+from qsr_plugin.data.calibration_set import calibration_batches
+from qsr_plugin.losses.context import StepContext, StepLoss
+from qsr_plugin.models.finite import first_non_finite
+from qsr_plugin.models.stages import StageSchedule, parameter_groups
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.recipe import Recipe
+from qsr_plugin.quant.surgery import quantizers, tap
+from qsr_plugin.report.fab import feature_average_bits
+
+logger = logging.getLogger("basicsr")
+
+
+@MODEL_REGISTRY.register()
+class QuantSRModel(SRModel):
+    """Trains, validates and saves a ``QuantNet``.
+
+    Options beside the host's: ``path.pretrain_float_g`` (float weights for student and teacher, strict),
+    ``path.calibration`` (folder of LR images; the training set if not given) and the recipe in ``network_g``.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if opt.get("find_unused_parameters"):
+            raise ValueError(
+                "find_unused_parameters: true cannot be used with QuantSRModel: losses reach parameters through "
+                "recorded features, which DDP then counts twice. Remove it; frozen stages need no such search."
+            )
+        if opt["num_gpu"] > 1 and not opt["dist"]:
+            raise ValueError("QuantSRModel trains on several GPUs with torchrun and --launcher pytorch only")
+        if opt["network_g"]["type"] != "QuantNet":
+            kind = opt["network_g"]["type"]
+            raise ValueError(f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone")
+        super().__init__(opt)
+        if not self.is_train:
+            self._prepare_network()
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    @property
+    def net(self) -> nn.Module:
+        """The bare quantized network."""
+        return self.get_bare_model(self.net_g)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The network's recipe."""
+        return self.net.recipe
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Move to the device only; distributed wrapping waits until a stage says what is trainable."""
+        return net.to(self.device)
+
+    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str = "params") -> None:
+        """Load a quantized checkpoint, ``.pth`` of a training or ``.safetensors``, strictly."""
+        net = self.get_bare_model(net)
+        content, _ = checkpoint.read_file(load_path)
+        state = checkpoint.state_dict_in(content, load_path, prefer=param_key or "params")
+        problems = checkpoint.key_differences(net.state_dict(), state)
+        if problems and not any("_quantizer." in key for key in state):
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} is a float checkpoint. Give it as path.pretrain_float_g."
+            )
+        if problems:
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} does not fit recipe and backbone:\n  " + "\n  ".join(problems[:8])
+            )
+        net.load_state_dict(state)
+        logger.info("Loaded %d of %d keys from %s [%s].", len(state), len(state), load_path, param_key)
+
+    def _prepare_network(self) -> None:
+        """Float weights and ranges, unless a quantized checkpoint brought both."""
+        path = self.opt["path"]
+        if path.get("pretrain_network_g"):
+            return
+        float_path = path.get("pretrain_float_g")
+        if float_path:
+            count = checkpoint.load_float_weights(self.net, float_path)
+            logger.info("Loaded %d of %d float keys from %s.", count, count, float_path)
+        else:
+            logger.warning("path.pretrain_float_g is not set: the float weights are random.")
+        if self.recipe.calibration is not None and any(q.needs_calibration for _, q in quantizers(self.net)):
+            calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
+            logger.info("Calibrated ranges on %d image(s).", self.recipe.calibration.images)
+
+    def init_training_settings(self) -> None:
+        """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
+        self._prepare_network()
+        self.schedule = StageSchedule(self.recipe.stages, self.opt["train"]["optim_g"]["lr"])
+        self.stage_index = -1
+        self.losses = self._build_losses()
+        self.teacher = self._build_teacher() if any(loss.needs_teacher for loss in self.losses.values()) else None
+        super().init_training_settings()
+        self._enter_stage(0)
+
+    def _build_losses(self) -> dict[str, StepLoss]:
+        losses: dict[str, StepLoss] = {}
+        for spec in self.recipe.losses:
+            losses[f"l_{spec.type.lower()}"] = build_loss({"type": spec.type, **spec.extras()}).to(self.device)
+        for loss in losses.values():
+            for place in loss.taps:
+                tap(self.net, place, place)
+        return losses
+
+    def _build_teacher(self) -> nn.Module:
+        path = self.opt["path"].get("pretrain_float_g")
+        if not path:
+            names = ", ".join(spec.type for spec in self.recipe.losses)
+            raise ValueError(f"path.pretrain_float_g is needed: {names} compares with the float network")
+        teacher = build_backbone(self.opt["network_g"]["backbone"])
+        checkpoint.load_float_weights(teacher, path)
+        for loss in self.losses.values():
+            for place in loss.taps:
+                tap(teacher, place, place)
+        return teacher.to(self.device).eval().requires_grad_(False)
+
+    def setup_optimizers(self) -> None:
+        """One optimiser; one parameter group each for weights, ranges and others, as far as a stage trains them."""
+        options = self.opt["train"]["optim_g"]
+        kind = options.pop("type")
+        used = {group for stage in self.recipe.stages for group in stage.train}
+        groups = [
+            {"params": parameters, "lr": self.schedule.learning_rate(0, name), "name": name}
+            for name, parameters in parameter_groups(self.net).items()
+            if parameters and name in used
+        ]
+        self.optimizer_g = self.get_optimizer(kind, groups, **options)
+        self.optimizers.append(self.optimizer_g)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def _enter_stage(self, index: int, *, set_learning_rates: bool = True) -> None:
+        self.schedule.apply(index, self.net)
+        if set_learning_rates and self.stage_index >= 0:
+            self.schedule.set_learning_rates(index, self.optimizer_g, self.schedulers)
+        self.stage_index = index
+        self.net_g = super().model_to_device(self.net)  # DDP fixes the set of trainable parameters when it wraps
+        stage = self.schedule.stages[index]
+        logger.info("Stage %d of %d: train %s.", index + 1, len(self.schedule.stages), ", ".join(stage.train))
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """Enter the iteration's stage if it is a new one, then do as the host."""
+        index = self.schedule.index_at(current_iter)
+        if index != self.stage_index:
+            self._enter_stage(index)
+        super().update_learning_rate(current_iter, warmup_iter)
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch and remember its file names for messages."""
+        super().feed_data(data)
+        self._paths = list(data.get("lq_path", []))
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One training step.
+
+        Raises:
+            FloatingPointError: If a loss is not finite, naming the file or the first site that caused it; the weights
+                are not changed by that step.
+        """
+        # Random numbers of a step depend on seed and iteration only, so that a resumed run draws the same.
+        torch.manual_seed((self.opt["manual_seed"] + self.opt["rank"]) * 1_000_003 + current_iter)
+        self.optimizer_g.zero_grad()
+        self.output = self.net_g(self.lq)
+        loss_dict = self._compute_losses()
+        sum(loss_dict.values()).backward()
+        self.log_dict = self.reduce_loss_dict(loss_dict)
+        self._check_finite(current_iter)
+        self.optimizer_g.step()
+        for _, quantizer in quantizers(self.net):
+            quantizer.project()
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+    def _compute_losses(self) -> OrderedDict[str, torch.Tensor]:
+        losses: OrderedDict[str, torch.Tensor] = OrderedDict()
+        if self.cri_pix:
+            losses["l_pix"] = self.cri_pix(self.output, self.gt)
+        if self.cri_perceptual:
+            for name, value in zip(("l_percep", "l_style"), self.cri_perceptual(self.output, self.gt)):
+                if value is not None:
+                    losses[name] = value
+        if not self.losses:
+            return losses
+        teacher_output = teacher_record = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_output = self.teacher(self.lq)
+            teacher_record = self.teacher.last_record()
+        step = StepContext(self.output, self.gt, self.net.last_record(), teacher_output, teacher_record)
+        for name, loss in self.losses.items():
+            losses[name] = loss(step)
+        return losses
+
+    def _check_finite(self, current_iter: int) -> None:
+        bad = [name for name, value in self.log_dict.items() if value != value or value in (float("inf"), -float("inf"))]
+        if not bad:
+            return
+        where = first_non_finite(self.net, self.lq, self.gt, self._paths)
+        raise FloatingPointError(
+            f"iteration {current_iter}: loss {', '.join(bad)} is not finite; first bad place: {where}. Earlier "
+            "checkpoints are kept. Lower the learning rates, add warmup_iter, or check the data."
+        )
+
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Average parameters as the host does; copy buffers, which the host leaves behind."""
+        super().model_ema(decay)
+        source = dict(self.net.named_buffers())
+        for name, buffer in self.net_g_ema.named_buffers():
+            buffer.copy_(source[name])
+        for (_, averaged), (_, quantizer) in zip(quantizers(self.net_g_ema), quantizers(self.net)):
+            averaged.follow(quantizer)
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
+        """Validate as the host does, with random states left as they were, and log FAB."""
+        self._bits: list[float] = []
+        with torch.random.fork_rng():
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+
+    def test(self) -> None:
+        """Super-resolve the current image and note its average bits."""
+        super().test()
+        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
+        self._bits.append(feature_average_bits(net, net.last_record()))
+
+    def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:
+        super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
+        fab = sum(self._bits) / len(self._bits)
+        get_root_logger().info(f"\t # FAB {dataset_name}: {fab:.3f}")
+        if tb_logger:
+            tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
+
+    # -- saving and resuming --------------------------------------------------------------------------------------------
+
+    @master_only
+    def save_network(self, net, net_label: str, current_iter: int, param_key="params") -> None:
+        """Write ``.pth`` in the host's layout and ``.safetensors`` with the recipe (EMA if there is one), atomically.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        nets, keys = (net, param_key) if isinstance(net, list) else ([net], [param_key])
+        name = "latest" if current_iter == -1 else current_iter
+        path = Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth"
+        states = {key: self.get_bare_model(one).state_dict() for key, one in zip(keys, nets)}
+        checkpoint.save_quantized(self.get_bare_model(nets[-1]), path.with_suffix(".safetensors"))
+        checkpoint.save_torch({key: {k: v.cpu() for k, v in state.items()} for key, state in states.items()}, path)
+
+    @master_only
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Write optimiser, schedulers, stage, seed, recipe and best scores, atomically.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        if current_iter == -1:
+            return
+        state = {
+            "epoch": epoch,
+            "iter": current_iter,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "stage": self.stage_index,
+            "manual_seed": self.opt["manual_seed"],
+            "world_size": self.opt["world_size"],
+            "recipe": self.recipe.to_dict(),
+            "best_metric_results": deepcopy(getattr(self, "best_metric_results", {})),
+        }
+        checkpoint.save_torch(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Continue a run exactly where its state was saved.
+
+        Raises:
+            ValueError: If recipe or number of processes differ from those of the saved run.
+        """
+        self._check_same_run(resume_state)
+        super().resume_training(resume_state)
+        self._enter_stage(self.schedule.index_at(resume_state["iter"]), set_learning_rates=False)
+        if resume_state.get("best_metric_results"):
+            self.best_metric_results = resume_state["best_metric_results"]
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        if state.get("world_size", self.opt["world_size"]) != self.opt["world_size"]:
+            raise ValueError(
+                f"the run was saved with {state['world_size']} process(es), this is {self.opt['world_size']}: start it "
+                "with the same number"
+            )
+        if "recipe" not in state or self.opt.get("allow_recipe_change"):
+            return
+        changed = changed_keys(state["recipe"], self.recipe.to_dict())
+        if changed:
+            raise ValueError(
+                "the recipe differs from that of the saved run:\n  " + "\n  ".join(changed) + "\nUse the saved recipe, "
+                "another name for a new run, or --allow-recipe-change"
+            )
+
+
+def changed_keys(old: Any, new: Any, path: str = "recipe") -> list[str]:
+    """Dotted keys in which two plain structures differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in changed_keys(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path}: saved {old!r}, now {new!r}"]

@@ -1,0 +1,104 @@
+"""Calibration: set the ranges of a quantized network from images, without changing a weight."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin.quant.record import float_mode
+from qsr_plugin.quant.surgery import quantizers, sites
+
+logger = logging.getLogger("qsr_plugin")
+
+
+@contextmanager
+def calibrating(net: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block forwards run the float network and every quantizer watches its own tensors.
+
+    On leaving, ranges are set from what was seen; if the block raised, they stay as they were. Weight quantizers are
+    set from the weights, activation quantizers from the forwards.
+    """
+    parts = [quantizer for _, quantizer in quantizers(net)]
+    training = {module: module.training for module in net.modules()}
+    net.eval()  # batch norm uses its running statistics and keeps them
+    try:
+        for quantizer in parts:
+            quantizer.begin_calibration()
+        with torch.no_grad(), float_mode():
+            yield
+            for _, site in sites(net):
+                if (quantizer := site.quantizer("weight")) is not None:
+                    quantizer.observe(site.weight)
+            for quantizer in parts:
+                quantizer.end_calibration()
+    finally:
+        for quantizer in parts:
+            quantizer.end_calibration(keep=False)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def calibrate(net: nn.Module, images: Union[str, Path, Iterable[Tensor]]) -> nn.Module:
+    """Set all ranges of a quantized network from images. A second call replaces the first.
+
+    Args:
+        net: Network from :func:`quantize_model`.
+        images: A folder of low-resolution images, or any iterable of ``(N, 3, H, W)`` float tensors, RGB in [0, 1], or
+            of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch for the statistics.
+
+    Returns:
+        ``net``.
+
+    Raises:
+        ValueError: For an empty set, a wrong shape, or non-finite values.
+        RuntimeError: If the network is not quantized or a site saw no data.
+    """
+    if not any(True for _ in sites(net)) and getattr(net, "recipe", None) is None:
+        raise RuntimeError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
+    device = next(net.parameters()).device
+    count = 0
+    with calibrating(net):
+        for batch in image_batches(images):
+            net(batch.to(device))
+            count += batch.shape[0]
+        if count == 0:
+            raise ValueError("no calibration images: give a folder with images, or a non-empty iterable of tensors")
+    logger.info("calibrated %d quantizers on %d image(s)", sum(1 for _ in quantizers(net)), count)
+    if count < 2:
+        logger.warning("calibrated on one image only: ranges may not fit others; 16 or more are advised")
+    return net
+
+
+def image_batches(images: Union[str, Path, Iterable[Tensor]]) -> Iterator[Tensor]:
+    """Calibration input as ``(N, 3, H, W)`` tensors, checked; files are read one at a time."""
+    if isinstance(images, (str, Path)):
+        from qsr_plugin.data.images import list_images, read_rgb, to_tensor
+
+        for path in list_images(images):
+            yield _checked(to_tensor(read_rgb(path)).unsqueeze(0), str(path))
+        return
+    for number, item in enumerate(images):
+        yield _checked(item["lq"] if isinstance(item, dict) else item, f"batch {number}")
+
+
+def _checked(batch: Tensor, name: str) -> Tensor:
+    if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
+        shape = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"calibration {name} is {shape}: expected a float tensor (N, 3, H, W), RGB in [0, 1]")
+    if not bool(torch.isfinite(batch).all()):
+        raise ValueError(f"calibration {name} holds NaN or infinity: remove or repair it")
+    return batch
+
+
+def float_forward(net: nn.Module, x: Tensor) -> Tensor:
+    """Output of the float network inside a quantized one: all quantizers off, same weights."""
+    with float_mode():
+        return net(x)
+
+

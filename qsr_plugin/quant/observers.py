@@ -1,0 +1,164 @@
+"""Observers: what a range should be, from the tensors seen during calibration.
+
+An observer is fed one batch at a time (``update``), keeps a few numbers and answers ``range() -> (low, high)``. Batch
+statistics are plain functions; how batches are joined is the same moving average for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qsr_plugin.errors import suggest
+from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize
+
+Range = tuple[Tensor, Tensor]
+
+
+def minmax(x: Tensor) -> Range:
+    """Smallest and largest value of a tensor (Jacob et al., CVPR 2018)."""
+    return tuple(torch.aminmax(x.detach().float()))
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """Linearly interpolated quantile of all elements, exact for any number of them.
+
+    ``torch.quantile`` refuses more than 2^24 elements; two order statistics and one interpolation do not.
+
+    Args:
+        x: Float tensor of any shape with at least one element.
+        q: Quantile in [0, 1].
+
+    Returns:
+        0-d tensor.
+    """
+    flat = x.detach().float().flatten()
+    position = q * (flat.numel() - 1)
+    below = math.floor(position)
+    low = flat.kthvalue(below + 1).values
+    if below == position:
+        return low
+    high = flat.kthvalue(below + 2).values
+    return torch.lerp(low, high, position - below)
+
+
+def percentile(x: Tensor, alpha: float = 0.99) -> Range:
+    """Quantiles ``1 - alpha`` and ``alpha`` of a tensor (Li et al., CVPR 2019)."""
+    return quantile(x, 1.0 - alpha), quantile(x, alpha)
+
+
+def sample_max(x: Tensor) -> Range:
+    """Mean over the batch of each sample's largest magnitude, as a symmetric range (PAMS, Li et al., ECCV 2020)."""
+    high = x.detach().float().abs().flatten(1).amax(1).mean()
+    return -high, high
+
+
+def omse(x: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, shrink: float = 0.01) -> Range:
+    """Range among shrunken copies of ``(low, high)`` with the least mean squared quantization error.
+
+    Candidate ``i`` is ``(low, high) * (1 - shrink * i)``; the first of equal candidates wins. The grid has ``2^bits``
+    levels, both ends included.
+
+    Args:
+        x: Float tensor of any shape.
+        low: 0-d tensor, lower end of the widest range.
+        high: 0-d tensor, upper end of the widest range.
+        bits: Bit width of the grid.
+        candidates: How many candidates are tried.
+        shrink: How much each candidate is narrower, as a share of the widest range.
+
+    Returns:
+        ``(low, high)`` of the best candidate.
+    """
+    flat, steps = x.detach().float().flatten(), 2.0**bits - 1.0
+    best, best_error = (low, high), None
+    for index in range(candidates):
+        factor = 1.0 - shrink * index
+        lo, hi = low * factor, high * factor
+        span = (hi - lo).clamp_min(TINY_RANGE)
+        error = (fake_quantize(flat, span, steps, (0.0, steps), bounds=(lo, hi), anchor=lo) - flat).square().mean()
+        better = best_error is None or bool(error < best_error)
+        if better:
+            best, best_error = (lo, hi), error
+    return best
+
+
+class Observer:
+    """Joins one statistic over the batches of a calibration.
+
+    The first batch sets the range; each later one moves it: ``range = momentum * range + (1 - momentum) * batch``.
+
+    Args:
+        statistic: Function from a tensor to ``(low, high)``.
+        momentum: Weight of the past in [0, 1). ``0`` keeps the latest batch only.
+    """
+
+    def __init__(self, statistic: Callable[[Tensor], Range], momentum: float) -> None:
+        self._statistic = statistic
+        self._momentum = momentum
+        self._range: Range | None = None
+        self.batches = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take one batch into account.
+
+        Raises:
+            ValueError: If the batch holds a NaN or an infinity, or is empty.
+        """
+        if x.numel() == 0:
+            raise ValueError("cannot observe an empty tensor: give images of at least one pixel")
+        low, high = self._statistic(x)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(
+                f"observed a non-finite value (range {low.item()} to {high.item()}): check the calibration images and "
+                "the float weights for NaN or infinity"
+            )
+        if self._range is None:
+            self._range = (low, high)
+        else:
+            m = self._momentum
+            self._range = tuple(m * old + (1.0 - m) * new for old, new in zip(self._range, (low, high)))
+        self.batches += 1
+
+    def range(self) -> Range:
+        """``(low, high)`` as 0-d float32 tensors.
+
+        Raises:
+            RuntimeError: If no batch was observed.
+        """
+        if self._range is None:
+            raise RuntimeError("nothing was observed: the forward pass of the calibration never reached this site")
+        return self._range
+
+
+ObserverName = Literal["minmax", "percentile", "omse", "sample_max"]
+_NAMES = ("minmax", "percentile", "omse", "sample_max")
+#: Candidates of the OMSE search on activations (AdaBM harness; Hong and Lee, CVPR 2024).
+OMSE_CANDIDATES = 90
+
+
+def build_observer(name: ObserverName, *, momentum: float, alpha: float, bits: int) -> Observer:
+    """Make an observer by name.
+
+    Args:
+        name: ``minmax``, ``percentile``, ``omse`` or ``sample_max``.
+        momentum: See :class:`Observer`.
+        alpha: Upper quantile of ``percentile``, in (0.5, 1].
+        bits: Bit width the ``omse`` search minimises the error for.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    if name == "minmax":
+        return Observer(minmax, momentum)
+    if name == "percentile":
+        return Observer(lambda x: percentile(x, alpha), momentum)
+    if name == "omse":
+        return Observer(lambda x: omse(x, *minmax(x), bits, OMSE_CANDIDATES), momentum)
+    if name == "sample_max":
+        return Observer(sample_max, momentum)
+    raise ValueError(f"unknown observer '{name}'. {suggest(name, _NAMES)}")

@@ -1,0 +1,190 @@
+"""Stateless arithmetic of uniform quantization; the only place where rounding and clipping are written.
+
+Every uniform quantizer of the package is one call of :func:`fake_quantize`. Its gradient rules are those of a
+straight-through rounding between clipped bounds (Bengio et al., arXiv 1308.3432), written for general bounds and step:
+PAMS (Li et al., ECCV 2020), LSQ (Esser et al., ICLR 2020) and learned asymmetric bounds follow from them by the chain
+rule, because bounds and span are ordinary differentiable tensors for the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Union
+
+import torch
+from torch import Tensor
+
+#: Integer limits: plain numbers for one bit width, or tensors that broadcast over the sample axis.
+Limits = tuple[Union[float, Tensor], Union[float, Tensor]]
+#: Which side an element counts for that lies exactly on a bound.
+Ties = Literal["inside", "split", "outside"]
+
+#: A range never gets narrower than this; keeps dead sites finite (all-zero features, zero weights).
+TINY_RANGE = 1e-12
+
+
+def int_limits(bits: int | Tensor, *, signed: bool = True, narrow: bool = False) -> Limits:
+    """Smallest and largest integer code of a bit width.
+
+    Args:
+        bits: Bit width, an int or a tensor of any shape (real values allowed: learned bit widths).
+        signed: Two's-complement range around zero, else codes start at 0.
+        narrow: Drop the most negative code so that the range is symmetric. Only for signed codes.
+
+    Returns:
+        ``(qmin, qmax)``, floats for an int and tensors of the same shape for a tensor. For 4 bits: (-8, 7) signed,
+        (-7, 7) signed narrow, (0, 15) unsigned.
+    """
+    if not signed:
+        return (0.0 if isinstance(bits, int) else torch.zeros_like(bits)), 2.0**bits - 1.0
+    qmax = 2.0 ** (bits - 1) - 1.0
+    return (-qmax if narrow else -qmax - 1.0), qmax
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even with gradient one.
+
+    Args:
+        x: Float tensor of any shape.
+
+    Returns:
+        Rounded tensor of the same shape; ``d out / d x = 1`` everywhere.
+
+    Example:
+        >>> x = torch.tensor([0.5, 1.5, -0.7], requires_grad=True)
+        >>> y = round_ste(x); y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([0.0, 2.0, -1.0], [1.0, 1.0, 1.0])
+    """
+    return x + (torch.round(x) - x).detach()
+
+
+def grad_scale(x: Tensor, factor: float) -> Tensor:
+    """Identity whose gradient is multiplied by ``factor`` (LSQ, Esser et al., ICLR 2020, Sec. 2.2)."""
+    scaled = x * factor
+    return (x - scaled).detach() + scaled
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Give a tensor of one value per image the shape that broadcasts over ``x``.
+
+    Args:
+        values: ``(N,)``, one value per image.
+        x: ``(M, ...)`` with ``M`` a multiple of ``N``: transformers fold the windows of an image into the batch, image
+            after image, so each value is repeated ``M // N`` times.
+
+    Returns:
+        Tensor of shape ``(M, 1, ..., 1)`` with as many axes as ``x``.
+
+    Raises:
+        ValueError: If ``M`` is not a multiple of ``N``.
+    """
+    images, batch = values.shape[0], x.shape[0]
+    if batch % images:
+        raise ValueError(
+            f"bits for {images} image(s) do not fit a batch of {batch}: expected a multiple of {images}. "
+            "Give one bit width per image of the batch."
+        )
+    if batch != images:
+        values = values.repeat_interleave(batch // images)
+    return values.view(batch, *([1] * (x.dim() - 1)))
+
+
+def fake_quantize(
+    x: Tensor,
+    span: Tensor,
+    steps: float | Tensor,
+    limits: Limits,
+    *,
+    bounds: tuple[Tensor, Tensor] | None = None,
+    anchor: Tensor | None = None,
+    ties: Ties = "inside",
+) -> Tensor:
+    """Quantize to a uniform grid and back: ``anchor + s * clip(round((x - anchor) / s), qmin, qmax)``, ``s = span / steps``.
+
+    The step is given as a stretch of the axis and the number of steps in it, so that ``x * steps / span`` falls on the
+    same side of a rounding tie as the formulas of the papers. Rounding is half to even. Arithmetic is done in at least
+    float32; the result has the dtype of ``x``.
+
+    Gradients, with ``x_q`` the result, inside and outside as told by ``bounds``::
+
+        d x_q / d x     = 1 inside, 0 outside
+        d x_q / d span  = (x_q - x) / span inside, 0 outside
+        d x_q / d steps = -(x_q - x) / steps inside, 0 outside
+        d x_q / d upper = 1 above the upper bound, 0 elsewhere
+        d x_q / d lower = 1 below the lower bound, 0 elsewhere
+
+    Args:
+        x: Float tensor of any shape and range, not modified.
+        span: Positive stretch, in units of ``x``, broadcastable to ``x``.
+        steps: How many steps make up the span; a number, or a tensor broadcastable to ``x``.
+        limits: Smallest and largest code, see :func:`int_limits`.
+        bounds: ``(lower, upper)``: the clip range in units of ``x``, broadcastable to ``x``, equal to the values of the
+            two limit codes. ``None`` means nothing is clipped: codes may leave the limits and every element is inside.
+        anchor: Value of code 0, broadcastable to ``x``; 0 if not given. Receives no gradient.
+        ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (LSQ's strict
+            inequality) or ``split``, half and half (element-wise minimum and maximum, as in PAMS).
+
+    Returns:
+        Fake-quantized tensor with the shape and dtype of ``x``.
+    """
+    lower, upper = bounds if bounds is not None else (None, None)
+    return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, ties)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One pass out of place, the rest in place; the backward works on signs, which vectorise where masks do not."""
+
+    @staticmethod
+    def forward(ctx, x, span, steps, lower, upper, anchor, limits, ties):  # noqa: D102
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        rate = steps / span
+        y = wide * rate if anchor is None else (wide - anchor).mul_(rate)
+        y.round_()
+        if upper is not None:
+            y.clamp_(*limits) if not isinstance(limits[1], Tensor) else y.clamp_(*_as_tensors(limits))
+        y.mul_(span / steps)
+        if anchor is not None:
+            y.add_(anchor)
+        ctx.save_for_backward(wide, y, span, lower, upper, steps if isinstance(steps, Tensor) else None)
+        ctx.ties = ties
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        x, y, span, lower, upper, steps = ctx.saved_tensors
+        need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
+        wide = grad.to(x.dtype)
+        inside = wide if upper is None else _inside_weight(x, lower, upper, ctx.ties).mul_(wide)
+        grad_span = grad_steps = grad_lower = grad_upper = None
+        if need_span or need_steps:
+            error = y - x
+            grad_span = _reduce(inside, error, span) / span if need_span else None
+            grad_steps = -_reduce(inside, error, steps) / steps if need_steps else None
+        if need_lower or need_upper:
+            outside = wide - inside
+            # Outside, y lies on one of the bounds, so its side of the middle tells which.
+            above = torch.sub(y, (lower + upper) * 0.5).sign_().add_(1).mul_(0.5)
+            grad_upper = _reduce(outside, above, upper)
+            grad_lower = _reduce(outside, above.neg_().add_(1), lower)
+        grad_x = inside.to(grad.dtype) if need_x else None
+        return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None
+
+
+def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:
+    qmin, qmax = limits
+    return (qmin if isinstance(qmin, Tensor) else torch.full_like(qmax, qmin)), qmax
+
+
+def _inside_weight(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:
+    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound."""
+    weight = torch.sub(x, lower).sign_().add_(torch.sub(upper, x).sign_())  # 2 inside, 1 on a bound, 0 outside
+    if ties == "split":
+        return weight.mul_(0.5)
+    return weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)
+
+
+def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum of products over every axis along which ``like`` broadcasts; one pass where ``like`` is a scalar."""
+    if like.numel() == 1 and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
+    return (a * b).sum_to_size(like.shape)

@@ -1,0 +1,256 @@
+"""Quantizer base class and the table of quantizers by name.
+
+A quantizer is one module that does fake quantization for one port of one site: ``forward(x) -> x_q``. Learnable state
+lives in parameters, observed state in buffers, so both are in the state dict. Methods subclass :class:`Quantizer` and
+register themselves with :func:`register_quantizer`; everything else finds them by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar, Union
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from qsr_plugin.errors import suggest
+from qsr_plugin.quant.observers import Observer
+from qsr_plugin.quant.ops import Limits, per_sample
+
+logger = logging.getLogger("qsr_plugin")
+
+#: One bit width, one per image ``(N,)``, or ``None`` for the quantizer's own.
+Bits = Union[int, Tensor, None]
+Role = Literal["act", "weight"]
+
+
+class NotCalibratedError(RuntimeError):
+    """A quantizer was asked to quantize before its range was set."""
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Uniform grid of a quantizer at one bit width: ``value = (code - zero_point) * scale``.
+
+    Attributes:
+        scale: 0-d tensor, distance between levels.
+        zero_point: Code of 0.0; real-valued where the grid does not contain zero.
+        qmin: Smallest code.
+        qmax: Largest code.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
+
+
+class StrictOptions(BaseModel):
+    """Options that refuse unknown keys and cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers.
+
+    Args:
+        options: The class's own :class:`Options`.
+        candidates: Bit widths this quantizer is asked for; one, or several in ascending order for a bit policy.
+        role: ``act`` for activations, ``weight`` for weights.
+        channel_axis: Axis of the channels in the tensors it will see: 1 for NCHW, -1 for NLC, 0 for weights.
+
+    Attributes:
+        site: Dotted name of the place, for messages; set when the network is quantized.
+        counts_in_fab: Whether the feature average bit width counts this place (first and last layers at fixed bits do not).
+        bits_span: Smallest and largest bit width this class can do.
+    """
+
+    Options: ClassVar[type[StrictOptions]] = StrictOptions
+    bits_span: ClassVar[tuple[int, int]] = (2, 16)
+    roles: ClassVar[tuple[Role, ...]] = ("act", "weight")
+    #: False for quantizers that take their range from the tensor itself in every forward.
+    needs_calibration: ClassVar[bool] = True
+
+    calibrated: Tensor
+
+    def __init__(self, options: StrictOptions, candidates: tuple[int, ...], role: Role, channel_axis: int) -> None:
+        super().__init__()
+        self.options, self.candidates, self.role, self.channel_axis = options, candidates, role, channel_axis
+        self.site = ""
+        self.counts_in_fab = role == "act"
+        self._observer: Observer | None = None
+        self._tracking: float | None = None
+        self._ready = not self.needs_calibration
+        if self.needs_calibration:
+            self.register_buffer("calibrated", torch.tensor(False))
+
+    def forward(self, x: Tensor, bits: Bits = None) -> Tensor:
+        """Fake-quantize ``x``.
+
+        Args:
+            x: Float tensor of any shape.
+            bits: Bit width: an int, ``(N,)`` one per image, or ``None`` for the only candidate.
+
+        Returns:
+            Tensor of the same shape and dtype.
+
+        Raises:
+            NotCalibratedError: If the range was never set.
+        """
+        if self._tracking is not None and self.training:
+            return self.track(x, self._tracking)
+        if not self._ready:
+            raise NotCalibratedError(
+                f"not calibrated: {self.site or type(self).__name__}. Run qsr_plugin.calibrate(net, images) before the "
+                "first forward, or load a quantized checkpoint."
+            )
+        return self.quantize(x, self.candidates[0] if bits is None and len(self.candidates) == 1 else bits)
+
+    # -- what a method writes -----------------------------------------------------------------------------------------
+
+    def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Fake-quantize with a set range; see :meth:`forward`."""
+        raise NotImplementedError
+
+    def make_observer(self) -> Observer:
+        """A fresh observer for one calibration. Only for classes that need calibration."""
+        raise NotImplementedError
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Turn an observed range (0-d tensors) into this quantizer's parameters."""
+        raise NotImplementedError
+
+    def track(self, x: Tensor, momentum: float) -> Tensor:
+        """Follow the range of the training batches and quantize with it, for methods that learn from a moving range."""
+        raise TypeError(
+            f"{type(self).__name__} cannot track ranges during training (site {self.site}): remove 'track_ranges' from "
+            "the stage, and calibrate before training."
+        )
+
+    def qparams(self, bits: int | None = None) -> QParams:
+        """Grid at one bit width.
+
+        Raises:
+            NotImplementedError: If the quantizer is not uniform per tensor, so that no integer engine can run it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not uniform per tensor; it has no scale and zero point")
+
+    def range_parameters(self) -> list[nn.Parameter]:
+        """Parameters that take the learning rate of the ``ranges`` group."""
+        return []
+
+    def project(self) -> None:
+        """Bring range parameters back into the legal set; called after each optimiser step."""
+
+    def extra_storage_bits(self) -> int:
+        """Bits that a stored model spends on this quantizer besides the quantized values: 32 per range number."""
+        return 32 * sum(p.numel() for p in self.range_parameters())
+
+    # -- calibration --------------------------------------------------------------------------------------------------
+
+    def begin_calibration(self) -> None:
+        """Start observing; quantization is off until :meth:`end_calibration`."""
+        if self.needs_calibration:
+            self._observer = self.make_observer()
+
+    def observe(self, x: Tensor) -> None:
+        """Take a tensor into account if a calibration is going on."""
+        if self._observer is not None:
+            try:
+                self._observer.update(x)
+            except ValueError as error:
+                raise ValueError(f"{self.site}: {error}") from None
+
+    def end_calibration(self, *, keep: bool = True) -> None:
+        """Stop observing and set the range from what was seen.
+
+        Args:
+            keep: False drops what was seen and leaves the range as it was (a calibration that failed).
+
+        Raises:
+            RuntimeError: If this site saw no data.
+        """
+        observer, self._observer = self._observer, None
+        if observer is None or not keep:
+            return
+        try:
+            low, high = observer.range()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.site}: {error}") from None
+        if bool(high <= low):
+            logger.warning("%s: all observed values are %g; its range is kept at a tiny positive width", self.site, low)
+        with torch.no_grad():
+            self.set_range(low, high)
+        self.mark_calibrated()
+
+    def mark_calibrated(self) -> None:
+        """Declare the range parameters valid."""
+        self.calibrated.fill_(True)
+        self._ready = True
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether :meth:`forward` may quantize."""
+        return self._ready
+
+    def follow(self, other: Quantizer) -> None:
+        """Take over whether ``other`` is calibrated; its tensors are copied by whoever averages them."""
+        self._ready = other._ready
+
+    def set_tracking(self, momentum: float | None) -> None:
+        """Switch range tracking on (weight of the past, 0 = latest batch only) or off (``None``)."""
+        self._tracking = momentum
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def expand(self, bits: int | Tensor, x: Tensor) -> int | Tensor:
+        """Bit widths ready to be broadcast over ``x``: ints stay, ``(N,)`` becomes ``(M, 1, ..., 1)``."""
+        return per_sample(bits, x) if isinstance(bits, Tensor) and bits.dim() else bits
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.needs_calibration:
+            self._ready = bool(self.calibrated)
+
+    def extra_repr(self) -> str:
+        """Bits and role, for printing a network."""
+        return f"bits={'/'.join(map(str, self.candidates))}, role={self.role}"
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {}
+
+T = TypeVar("T", bound=type[Quantizer])
+
+
+def register_quantizer(name: str):
+    """Class decorator that makes a quantizer available to recipes under ``name``.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def register(cls: T) -> T:
+        if name in QUANTIZERS:
+            raise ValueError(f"quantizer '{name}' is already registered by {QUANTIZERS[name].__qualname__}")
+        QUANTIZERS[name] = cls
+        return cls
+
+    return register
+
+
+def quantizer_class(name: str) -> type[Quantizer]:
+    """Look up a registered quantizer.
+
+    Raises:
+        ValueError: For an unknown name, with the closest registered one.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer '{name}'. {suggest(name, QUANTIZERS)}")
+    return QUANTIZERS[name]
+
+
+__all__ = ["Bits", "Limits", "NotCalibratedError", "QParams", "QUANTIZERS", "Quantizer", "StrictOptions"]
+__all__ += ["quantizer_class", "register_quantizer"]

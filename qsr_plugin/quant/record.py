@@ -1,0 +1,94 @@
+"""The forward record: what one forward pass decided and showed, kept apart from the network's return value.
+
+The outermost forward of a quantized network opens a record in a context variable; sites write into it by their own
+name, so running a block twice (activation checkpointing) does not count twice, and threads do not see each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+_CURRENT: ContextVar[ForwardRecord | None] = ContextVar("qsr_forward_record", default=None)
+_FLOAT: ContextVar[bool] = ContextVar("qsr_float_mode", default=False)
+
+
+@dataclass
+class ForwardRecord:
+    """Results of one forward pass beside its output.
+
+    Attributes:
+        images: Number of images in the batch.
+        bits: Site and port name to bit width: an int, or ``(N,)`` one per image.
+        taps: Name to tapped feature tensor (with graph, for losses).
+    """
+
+    images: int
+    bits: dict[str, int | Tensor] = field(default_factory=dict)
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> ForwardRecord:
+        """A copied network starts with an empty record: graph tensors cannot be copied."""
+        return ForwardRecord(self.images)
+
+
+def current_record() -> ForwardRecord | None:
+    """The record of the forward pass this code runs in, or ``None`` outside of one."""
+    return _CURRENT.get()
+
+
+def float_mode_on() -> bool:
+    """Whether all quantizers are switched off in this context."""
+    return _FLOAT.get()
+
+
+@contextmanager
+def float_mode() -> Iterator[None]:
+    """Run quantized networks as their float originals inside the ``with`` block."""
+    token = _FLOAT.set(True)
+    try:
+        yield
+    finally:
+        _FLOAT.reset(token)
+
+
+class RecordingRoot:
+    """Mixin for the class of a network's root module: its forward opens and keeps the record."""
+
+    _last_record: ForwardRecord | None = None
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """Run the network's own forward inside a record (its own, or that of an enclosing network)."""
+        if current_record() is not None:
+            return super().forward(x, *args, **kwargs)
+        record = ForwardRecord(images=x.shape[0])
+        token = _CURRENT.set(record)
+        try:
+            out = super().forward(x, *args, **kwargs)
+        finally:
+            _CURRENT.reset(token)
+        self._last_record = record
+        return out
+
+    def last_record(self) -> ForwardRecord:
+        """Record of the last completed forward.
+
+        Raises:
+            RuntimeError: If the network has not run yet.
+        """
+        if self._last_record is None:
+            raise RuntimeError("no forward was recorded yet: run the network once, then ask for last_record()")
+        return self._last_record
+
+
+def record_root(net: nn.Module) -> nn.Module:
+    """Make ``net`` open a record in its forward; does nothing if it already does. Returns ``net``."""
+    from qsr_plugin.quant.sites import derived_class  # the class factory is shared with sites
+
+    if not isinstance(net, RecordingRoot):
+        net.__class__ = derived_class(RecordingRoot, type(net))
+    return net

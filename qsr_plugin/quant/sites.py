@@ -1,0 +1,200 @@
+"""Sites: modules that carry quantizers at named ports.
+
+A module becomes a site by swapping its class for a subclass that adds :class:`Site`; parameters, hooks and state-dict
+keys stay as they are, and a site's quantizers are child modules named ``<port>_quantizer``. ``Conv2d`` and ``Linear``
+get the ordinary classes below; every other module gets a generated subclass whose own forward is untouched.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qsr_plugin.quant.policy import BitPolicy, quantize_with
+from qsr_plugin.quant.quantizer import Quantizer
+from qsr_plugin.quant.record import current_record, float_mode_on
+
+_DERIVED: dict[tuple[type, type], type] = {}
+
+
+def derived_class(mixin: type, base: type) -> type:
+    """The class ``mixin`` over ``base``, made once per pair and named after both."""
+    key = (mixin, base)
+    if key not in _DERIVED:
+        _DERIVED[key] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    return _DERIVED[key]
+
+
+class Site:
+    """Mixin of all sites.
+
+    Attributes:
+        site_name: Dotted name in the network.
+        ports: Ports this class can quantize.
+        channel_axis: Axis of the channels in its activations: 1 for NCHW, -1 for NLC.
+    """
+
+    ports: ClassVar[tuple[str, ...]] = ("input", "output")
+    channel_axis: ClassVar[int] = 1
+    site_name: str
+
+    def add_quantizer(self, port: str, quantizer: Quantizer, policy: BitPolicy | None) -> None:
+        """Put a quantizer (and, for activations, its bit policy) at a port."""
+        quantizer.site = f"{self.site_name}.{port}"
+        self.add_module(f"{port}_quantizer", quantizer)
+        if policy is not None:
+            self.add_module(f"{port}_policy", policy)
+
+    def add_tap(self, port: str, name: str) -> None:
+        """Write the tensor at ``port`` into the record under ``name`` in every forward."""
+        self.__dict__.setdefault("_taps", {})[port] = name
+
+    def quantizer(self, port: str) -> Quantizer | None:
+        """The quantizer at a port, or ``None``."""
+        return self._modules.get(f"{port}_quantizer")
+
+    def at_port(self, port: str, x: Tensor) -> Tensor:
+        """Pass an activation through a port: tap it, quantize it, record its bits."""
+        record = current_record()
+        taps = self.__dict__.get("_taps")
+        if taps and port in taps and record is not None:
+            record.taps[taps[port]] = x
+        quantizer = self._modules.get(f"{port}_quantizer")
+        if quantizer is None:
+            return x
+        if float_mode_on():
+            quantizer.observe(x)
+            return x
+        decision = self._modules[f"{port}_policy"].decide(x, record)
+        if record is not None:
+            record.bits[quantizer.site] = decision.bits
+        return quantize_with(quantizer, x, decision)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
+        quantizer = self._modules.get("weight_quantizer")
+        return self.weight if quantizer is None or float_mode_on() else quantizer(self.weight)
+
+    @classmethod
+    def from_float(cls, module: nn.Module, name: str = "") -> nn.Module:
+        """Turn a float module into a site of this class, in place, keeping parameters, hooks and keys.
+
+        Args:
+            module: Instance of the float class this site class is derived from.
+            name: Dotted name in the network, for messages and records.
+
+        Returns:
+            The same object.
+        """
+        module.__class__ = cls
+        module.site_name = name
+        return module
+
+
+class QuantConv2d(Site, nn.Conv2d):
+    """``nn.Conv2d`` with ports input, weight and output. All strides, groups, dilations and padding modes work."""
+
+    ports = ("input", "weight", "output")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` (N, C, H, W)."""
+        x = self.at_port("input", x)
+        return self.at_port("output", self._conv_forward(x, self.quantized_weight(), self.bias))
+
+
+class QuantLinear(Site, nn.Linear):
+    """``nn.Linear`` with ports input, weight and output; channels are the last axis."""
+
+    ports = ("input", "weight", "output")
+    channel_axis = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` (..., C)."""
+        x = self.at_port("input", x)
+        return self.at_port("output", F.linear(x, self.quantized_weight(), self.bias))
+
+
+class MatMul(nn.Module):
+    """Matrix product as a module, so that its two operands can be quantized (attention)."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right`` for (..., M, K) and (..., K, N)."""
+        return left @ right
+
+
+class QuantMatMul(Site, MatMul):
+    """:class:`MatMul` with ports left, right and output; channels are the last axis."""
+
+    ports = ("left", "right", "output")
+    channel_axis = -1
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right`` for (..., M, K) and (..., K, N)."""
+        return self.at_port("output", super().forward(self.at_port("left", left), self.at_port("right", right)))
+
+
+class PortSite(Site):
+    """Ports around any module: first argument in, result out, the module's own forward in between."""
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """Run the wrapped class's forward with its input and output passed through the ports."""
+        x = self.at_port("input", x)
+        return self.at_port("output", super().forward(x, *args, **kwargs))
+
+
+class WeightedPortSite(PortSite):
+    """Ports around a module whose own forward reads ``self.weight`` (transposed or custom convolutions)."""
+
+    ports = ("input", "weight", "output")
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """As :class:`PortSite`; the quantized weight stands in for the parameter while the forward runs."""
+        if self.quantizer("weight") is None or float_mode_on():
+            return super().forward(x, *args, **kwargs)
+        self.__dict__["weight"] = self.quantized_weight()  # found before the registered parameter
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            del self.__dict__["weight"]
+
+
+_SITE_CLASSES: dict[type, type[Site]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, MatMul: QuantMatMul}
+
+
+def register_site_class(float_class: type, site_class: type[Site]) -> None:
+    """Use ``site_class`` for exact instances of ``float_class``; it must be a subclass of both Site and the float class.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not (issubclass(site_class, Site) and issubclass(site_class, float_class)):
+        raise TypeError(f"{site_class.__name__} must derive from Site and {float_class.__name__}, in this order")
+    _SITE_CLASSES[float_class] = site_class
+
+
+def site_class_for(module: nn.Module, ports: set[str]) -> type[Site]:
+    """The site class that gives ``module`` the ports asked for.
+
+    A class registered for the exact type is used; else one is generated from the module's type, without touching its
+    forward.
+
+    Args:
+        module: Float module.
+        ports: Names of the ports needed.
+
+    Raises:
+        ValueError: If the module cannot offer one of them.
+    """
+    kind = type(module)
+    generic = PortSite if not isinstance(getattr(module, "weight", None), Tensor) else WeightedPortSite
+    chosen = _SITE_CLASSES.get(kind)
+    if chosen is None or (ports <= set(generic.ports) and chosen not in (QuantConv2d, QuantLinear, QuantMatMul)):
+        chosen = derived_class(generic, kind)
+    missing = sorted(ports - set(chosen.ports))
+    if missing:
+        raise ValueError(
+            f"{kind.__name__} has no port '{missing[0]}'. Ports of this module: {', '.join(chosen.ports)}."
+        )
+    return chosen

@@ -1,0 +1,21 @@
+"""Registers everything of this package with the host's registries; importing the host triggers it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+
+_PLUGINS = (
+    "qsr_plugin.archs.srresnet_arch",
+    "qsr_plugin.archs.residual_sites",
+    "qsr_plugin.archs.quant_net_arch",
+    "qsr_plugin.losses.distill_loss",
+    "qsr_plugin.models.quant_sr_model",
+)
+
+
+@lru_cache(maxsize=1)
+def register_all() -> None:
+    """Import every module that registers an arch, a loss or a model. Does nothing the second time."""
+    for name in _PLUGINS:
+        import_module(name)

@@ -1,0 +1,156 @@
+"""``python -m qsr_plugin.train -opt FILE``: BasicSR's training with this package registered.
+
+Takes BasicSR's flags, and adds: ``_base_`` inheritance in option files, a check of data and options before anything is
+written, exact resume on any device, and DDP on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+from qsr_plugin import compat
+from qsr_plugin.checkpoint import CheckpointError, read_file
+from qsr_plugin.options_file import load_options, write_options
+
+logger = logging.getLogger("basicsr")
+
+
+def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into our flags and those left to the host.
+
+    Old launchers pass ``--local-rank``, which the host spells ``--local_rank``.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-opt", required=True)
+    parser.add_argument("--allow-recipe-change", action="store_true")
+    own, rest = parser.parse_known_args([a.replace("--local-rank", "--local_rank") for a in argv])
+    # The recipe block is moved into network_g; so are forced values for it.
+    return own, [f"network_g:{a}" if a.startswith("recipe:") else a for a in rest]
+
+
+def resolved_command(argv: list[str], folder: Path) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Resolve the option file and point the host's command line to the result.
+
+    Args:
+        argv: Command line without the program name.
+        folder: Where to write the resolved file; the host copies it into the experiment folder.
+
+    Returns:
+        The resolved options and our own flags.
+    """
+    own, rest = own_arguments(argv)
+    options = load_options(own.opt)
+    if own.allow_recipe_change:
+        options["allow_recipe_change"] = True
+    resolved = folder / Path(own.opt).name
+    write_options(options, resolved)
+    sys.argv = [sys.argv[0], "-opt", str(resolved), *rest]
+    return options, own
+
+
+def newest_state(folder: Path, models: Path) -> Optional[tuple[Path, dict[str, Any]]]:
+    """The newest training state that can be read together with its network.
+
+    Unreadable files (a crash of another program, a full disk) are passed over with a warning.
+    """
+    states = [path for path in folder.glob("*.state") if path.stem.isdigit()]
+    for path in sorted(states, key=lambda p: int(p.stem), reverse=True):
+        try:
+            state, _ = read_file(path)
+            read_file(models / f"net_g_{path.stem}.pth")
+            return path, state
+        except CheckpointError as error:
+            logging.getLogger("qsr_plugin").warning("passing over a broken checkpoint: %s", error)
+    return None
+
+
+def load_resume_state(opt: dict[str, Any]) -> Optional[dict[str, Any]]:
+    """Replaces the host's function, which asks for a CUDA device and looks below the current folder only."""
+    from basicsr.utils import check_resume
+
+    from qsr_plugin.data.exact_resume import ResumableSampler
+
+    state = None
+    if opt["auto_resume"]:
+        found = newest_state(Path(opt["path"]["training_states"]), Path(opt["path"]["models"]))
+        if found:
+            path, state = found
+            opt["path"]["resume_state"] = str(path)
+    elif opt["path"].get("resume_state"):
+        state, _ = read_file(opt["path"]["resume_state"])
+    if state is not None:
+        check_resume(opt, state["iter"])
+        opt["manual_seed"] = state.get("manual_seed", opt["manual_seed"])
+    ResumableSampler.manual_seed = opt["manual_seed"]
+    return state
+
+
+def patch_pipeline(resume: dict[str, Any]) -> None:
+    """Give the host's training module our resume, sampler and seeded datasets.
+
+    Args:
+        resume: Filled with the resume state once it is read; the data loaders are built after that.
+    """
+    import basicsr.train as host
+
+    from qsr_plugin.data.exact_resume import ResumableSampler, SeededDataset
+
+    build_dataset, create_loaders = host.build_dataset, host.create_train_val_dataloader
+
+    def load_state(opt: dict[str, Any]) -> Optional[dict[str, Any]]:
+        resume["state"] = load_resume_state(opt)
+        return resume["state"]
+
+    def build(options: dict[str, Any]):
+        dataset = build_dataset(options)
+        return SeededDataset(dataset) if options["phase"] == "train" else dataset
+
+    def create(opt: dict[str, Any], log: logging.Logger):
+        train_loader, sampler, val_loaders, _, total_iters = create_loaders(opt, log)
+        batches = len(sampler) // train_loader.batch_size
+        if batches == 0:
+            raise ValueError(
+                f"datasets.train: {len(sampler)} image(s) per process do not fill one batch of "
+                f"{train_loader.batch_size}: raise dataset_enlarge_ratio or lower batch_size_per_gpu"
+            )
+        state = resume.get("state")
+        if state is not None:
+            done = state["iter"] - state["epoch"] * batches
+            if not 0 <= done <= batches:
+                log.warning("The data set or the batch size has changed: the interrupted epoch starts anew.")
+                done = 0
+            sampler.start = (state["epoch"], done * train_loader.batch_size)
+        # The host counts the incomplete last batch, which its loader drops, and so may stop early.
+        return train_loader, sampler, val_loaders, math.ceil(total_iters / batches), total_iters
+
+    host.load_resume_state, host.build_dataset = load_state, build
+    host.EnlargedSampler, host.create_train_val_dataloader = ResumableSampler, create
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    """Train as the option file says; results go to ``experiments/`` in the current folder."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
+        options, _ = resolved_command(argv, Path(folder))
+        compat.import_host()
+        from qsr_plugin.data.check import check_options
+
+        problems = check_options(options)
+        if problems:
+            raise SystemExit("\n".join(["The data cannot be used:", *map(str, problems)]))
+        patch_pipeline({})
+        from basicsr.train import train_pipeline
+
+        train_pipeline(os.getcwd())
+
+
+if __name__ == "__main__":
+    main()
