@@ -23,7 +23,7 @@ def _edsr(net: nn.Module) -> dict[str, Any]:
         "upscale": math.prod(m.upscale_factor for m in net.upsample if isinstance(m, nn.PixelShuffle)),
         "res_scale": net.body[0].res_scale,
         "img_range": net.img_range,
-        "rgb_mean": [round(float(value), 6) for value in net.mean.flatten()],
+        "rgb_mean": net.mean.flatten().tolist(),
     }
 
 

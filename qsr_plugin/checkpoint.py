@@ -21,6 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from qsr_plugin import __version__
+from qsr_plugin.errors import UserError
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.surgery import plugin_keys
 
@@ -31,7 +32,7 @@ FORMAT = 1
 _SUFFIX_HELP = "expected a state dict saved as .pth (torch.save of tensors) or .safetensors"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A file that cannot be used as weights; the message names the file, what is wrong and what to do."""
 
 
@@ -178,9 +179,9 @@ def state_dict_in(content: Mapping[str, Any], path: Union[str, Path], prefer: st
     """
     keys = [prefer, "params_ema", "params"]
     state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
     if not tensors or len(tensors) != len(state):
-        odd = sorted(set(map(str, state)) - set(tensors))[:3]
+        odd = sorted({str(key) for key in state if key not in tensors})[:3]
         raise CheckpointError(f"{path} is not a state dict (entries like {', '.join(odd)}); {_SUFFIX_HELP}")
     return {key[7:] if key.startswith("module.") else key: value for key, value in tensors.items()}
 
@@ -241,10 +242,10 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
             f"{path} has no recipe in it: it was not written by save_quantized. For float weights use "
             "quantize_model(...) and load_float_weights; a training's net_g_*.pth needs its option file."
         )
-    if int(metadata["format"]) > FORMAT:
+    if metadata["format"] != str(FORMAT):
         raise CheckpointError(
             f"{path} was written by qsr_plugin {metadata.get('qsr_plugin')} in format {metadata['format']}, this is "
-            f"{__version__} (format {FORMAT}): update qsr_plugin"
+            f"{__version__} (format {FORMAT}): use that version, or update qsr_plugin"
         )
     from qsr_plugin.compat import import_host
 
@@ -253,7 +254,7 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
 
     try:
         net = QuantNet(json.loads(metadata["backbone"]), json.loads(metadata["recipe"]))
-    except (RecipeError, ValueError) as error:
+    except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
     problems = key_differences(net.state_dict(), content)
     if problems:

@@ -165,7 +165,10 @@ def import_host(name: str = "basicsr") -> types.ModuleType:
 def host_location() -> Path | None:
     """Folder of the ``basicsr`` that this process uses or would use; None without one. Does not import it."""
     loaded = sys.modules.get("basicsr")
-    spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec("basicsr")
+    try:
+        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec("basicsr")
+    except ImportError:
+        return None
     return Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
 
 

@@ -1,9 +1,13 @@
-"""Messages that help: the closest allowed name for a misspelt one."""
+"""Errors a user can mend, and messages that help: the closest allowed name for a misspelt one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Base of errors whose message is all a user needs; the command line shows no traceback for them."""
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:

@@ -9,13 +9,14 @@ from typing import Any, Union
 
 import yaml
 
+from qsr_plugin.errors import UserError
 from qsr_plugin.quant.recipe import load_recipe
 
 #: Prefix in ``_base_`` for files shipped with the package.
 SHIPPED = "qsr:"
 
 
-class OptionsError(ValueError):
+class OptionsError(UserError, ValueError):
     """An option file that cannot be used."""
 
 
@@ -41,16 +42,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _check_tree(path: Path, seen: tuple[Path, ...] = ()) -> None:
-    """Read a file and all files below its ``_base_`` with the safe loader; mmengine's own loader is not restricted."""
+def _assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file merged over its bases, in order; read here because mmengine's own reader builds Python objects."""
+    from mmengine.config import Config
+
     path = path.resolve()
     if path in seen:
         raise OptionsError(f"_base_ of {seen[-1]} leads back to {path}")
     if path.suffix not in (".yml", ".yaml"):
         raise OptionsError(f"{path}: only .yml and .yaml option files are read")
-    bases = read_yaml(path).get("_base_", [])
+    data = read_yaml(path)
+    bases = data.pop("_base_", [])
+    merged = Config({})
     for base in [bases] if isinstance(bases, str) else bases:
-        _check_tree(_locate(base, path), (*seen, path))
+        merged.merge_from_dict(_assemble(_locate(base, path), (*seen, path)))
+    merged.merge_from_dict(data)
+    return merged.to_dict()
 
 
 def _locate(base: str, origin: Path) -> Path:
@@ -73,21 +80,7 @@ def load_options(path: Union[str, Path]) -> dict[str, Any]:
         OptionsError: For a missing, unsafe or circular file, or a recipe without a QuantNet.
         RecipeError: For a recipe that is not valid.
     """
-    path = Path(path)
-    _check_tree(path)
-    from mmengine.config import Config
-
-    class ShippedConfig(Config):
-        """``Config`` that finds ``qsr:`` bases in the package."""
-
-        @staticmethod
-        def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, None]:
-            return str(_locate(cfg_path, Path(filename))), None
-
-    try:
-        options = ShippedConfig.fromfile(str(path)).to_dict()
-    except KeyError as error:
-        raise OptionsError(f"{path}: {error.args[0]}") from None
+    options = _assemble(Path(path))
     recipe, network = options.pop("recipe", None), options.get("network_g") or {}
     if recipe is not None:
         if network.get("type") != "QuantNet":

@@ -12,12 +12,14 @@ import math
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
 from qsr_plugin import compat
 from qsr_plugin.checkpoint import CheckpointError, read_file
-from qsr_plugin.options_file import load_options, write_options
+from qsr_plugin.errors import UserError
+from qsr_plugin.options_file import OptionsError, load_options, write_options
 
 logger = logging.getLogger("basicsr")
 
@@ -35,7 +37,7 @@ def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return own, [f"network_g:{a}" if a.startswith("recipe:") else a for a in rest]
 
 
-def resolved_command(argv: list[str], folder: Path) -> tuple[dict[str, Any], argparse.Namespace]:
+def resolved_command(argv: list[str], folder: Path) -> dict[str, Any]:
     """Resolve the option file and point the host's command line to the result.
 
     Args:
@@ -43,7 +45,7 @@ def resolved_command(argv: list[str], folder: Path) -> tuple[dict[str, Any], arg
         folder: Where to write the resolved file; the host copies it into the experiment folder.
 
     Returns:
-        The resolved options and our own flags.
+        The resolved options.
     """
     own, rest = own_arguments(argv)
     options = load_options(own.opt)
@@ -52,7 +54,7 @@ def resolved_command(argv: list[str], folder: Path) -> tuple[dict[str, Any], arg
     resolved = folder / Path(own.opt).name
     write_options(options, resolved)
     sys.argv = [sys.argv[0], "-opt", str(resolved), *rest]
-    return options, own
+    return options
 
 
 def newest_state(folder: Path, models: Path) -> Optional[tuple[Path, dict[str, Any]]]:
@@ -90,6 +92,19 @@ def load_resume_state(opt: dict[str, Any]) -> Optional[dict[str, Any]]:
         opt["manual_seed"] = state.get("manual_seed", opt["manual_seed"])
     ResumableSampler.manual_seed = opt["manual_seed"]
     return state
+
+
+def refuse_bad_data(options: dict[str, Any]) -> None:
+    """Look at the data sets before anything is written.
+
+    Raises:
+        OptionsError: With the list of problems.
+    """
+    from qsr_plugin.data.check import check_options
+
+    problems = check_options(options)
+    if problems:
+        raise OptionsError("\n".join(["the data cannot be used:", *map(str, problems)]))
 
 
 def patch_pipeline(resume: dict[str, Any]) -> None:
@@ -134,22 +149,34 @@ def patch_pipeline(resume: dict[str, Any]) -> None:
     host.EnlargedSampler, host.create_train_val_dataloader = ResumableSampler, create
 
 
+def run(pipeline: str, argv: Optional[list[str]]) -> None:
+    """Resolve the options, check the data, and hand over to a pipeline of the host.
+
+    Args:
+        pipeline: ``train`` or ``test``.
+        argv: Command line without the program name; ``None`` takes this process's.
+
+    Raises:
+        SystemExit: With a message, for anything the user can mend.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
+            options = resolved_command(sys.argv[1:] if argv is None else argv, Path(folder))
+            compat.import_host()
+            logging.getLogger("qsr_plugin").info("using %s", compat.describe_host())
+            refuse_bad_data(options)
+            if pipeline == "train":
+                patch_pipeline({})
+            module = import_module(f"basicsr.{pipeline}")
+            getattr(module, f"{pipeline}_pipeline")(os.getcwd())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def main(argv: Optional[list[str]] = None) -> None:
     """Train as the option file says; results go to ``experiments/`` in the current folder."""
-    argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
-        options, _ = resolved_command(argv, Path(folder))
-        compat.import_host()
-        from qsr_plugin.data.check import check_options
-
-        problems = check_options(options)
-        if problems:
-            raise SystemExit("\n".join(["The data cannot be used:", *map(str, problems)]))
-        patch_pipeline({})
-        from basicsr.train import train_pipeline
-
-        train_pipeline(os.getcwd())
+    run("train", argv)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qsr_plugin.data import resize
 from qsr_plugin.data.images import list_images, read_rgb, to_uint8
-from qsr_plugin.data.resize import downscale, shrink
-from qsr_plugin.data.store import COMPRESSION, Journal, LmdbWriter, write_meta_info
+from qsr_plugin.data.store import COMPRESSION, META_NAME, Journal, LmdbWriter, write_meta_info
 
 GT_NAME, LQ_NAME, JOURNAL_NAME = "GT.lmdb", "LQ.lmdb", "build.jsonl"
 _MAX_STEM = 200  # an LMDB key has at most 511 bytes
@@ -176,6 +176,8 @@ def build_lmdb_pair(
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(journal_path, asdict(settings))
     resumed = len(journal.entries)
+    if resumed and not all((folder / "data.mdb").is_file() for folder in (gt, lq)):
+        raise ValueError(f"{journal_path} records {resumed} photos, but {gt} or {lq} is gone; pass --overwrite.")
     stems = _unique_stems(paths)
     _add_photos(
         [path for path in paths if path.name not in journal.entries],
@@ -192,10 +194,11 @@ def build_lmdb_pair(
     if not items:
         raise ValueError(
             f"no sub-image was left of {len(paths)} photos in {photos} ({len(bad)} unreadable); "
-            f"lower min_side = {min_side} or min_std = {min_std:g}, or pass --overwrite with other photos."
+            f"lower min_side = {min_side} or min_std = {min_std:g}, and pass --overwrite to start again."
         )
-    write_meta_info(lq, [(key, [side // scale for side in size]) for key, size in items])
-    write_meta_info(gt, items)
+    if resumed < len(paths) or not all((folder / META_NAME).is_file() for folder in (gt, lq)):
+        write_meta_info(lq, [(key, [side // scale for side in size]) for key, size in items])
+        write_meta_info(gt, items)
     return BuildReport(
         gt=gt,
         lq=lq,
@@ -251,11 +254,11 @@ def _pairs(image: np.ndarray, settings: BuildSettings) -> Iterator[tuple[str, np
     if image.size == 0:
         return
     for factor in settings.shrink:
-        high = shrink(image, factor)
+        high = resize.shrink(image, factor)
         high = high[: high.shape[0] // scale * scale, : high.shape[1] // scale * scale]
         if min(high.shape[:2]) < max(settings.min_side, scale):
             continue
-        low = downscale(high, scale)
+        low = resize.downscale(high, scale)
         size = [min(settings.sub_image or side, side) for side in high.shape[:2]]
         starts = [_starts(side, length, settings.step) for side, length in zip(high.shape[:2], size)]
         copy = "" if factor == 1.0 else f"_r{factor:g}".replace(".", "p")
@@ -273,7 +276,8 @@ def _starts(side: int, length: int, step: int) -> list[int]:
 
 
 def _encode(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, COMPRESSION])[1].tobytes()
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    return cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, COMPRESSION])[1].tobytes()
 
 
 def _unique_stems(paths: list[Path]) -> dict[str, str]:

@@ -19,7 +19,7 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
     """LR batches for calibration; the same on every process and in every start of a run.
 
     Args:
-        opt: The run's options: ``path.calibration`` names a folder of LR images; else images are drawn from
+        opt: The run's options: ``calibration_folder`` names a folder of LR images; else images are drawn from
             ``datasets.train`` with its own cropping and augmentation.
         calibration: How many images, and how many per batch.
 
@@ -29,14 +29,14 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
     Raises:
         ValueError: If there is neither a folder nor a training set.
     """
-    folder = opt["path"].get("calibration")
+    folder = opt.get("calibration_folder")
     if folder:
         yield from _limited(image_batches(folder), calibration.images)
         return
     options = opt["datasets"].get("train")
     if options is None:
         raise ValueError(
-            "calibration needs images: set path.calibration to a folder of low-resolution images, or "
+            "calibration needs images: set calibration_folder to a folder of low-resolution images, or "
             "path.pretrain_network_g to a quantized checkpoint"
         )
     from basicsr.data import build_dataset

@@ -59,9 +59,7 @@ def build(
 
 @app.command()
 def check(
-    opt: Annotated[
-        Path | None, typer.Option("-opt", "--opt", help="BasicSR option file; checks all its data.")
-    ] = None,
+    opt: Annotated[Path | None, typer.Option("-opt", "--opt", help="BasicSR option file; checks all its data.")] = None,
     gt: Annotated[Path | None, typer.Option(help="Folder or .lmdb of high-resolution images.")] = None,
     lq: Annotated[Path | None, typer.Option(help="Folder or .lmdb of low-resolution images.")] = None,
     scale: Annotated[int, typer.Option(help="Factor between them; -opt has its own.")] = 4,

@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 _SUPPORT = 4.0  # width of the cubic kernel at scale one, in input pixels
-_CEIL_SLACK = 1e-9  # 0.1 * 30 is 3.0000000000000004 and must not become four pixels
+_CEIL_SLACK = 1e-9  # 0.07 * 100 is 7.000000000000001 and must not become eight pixels
 
 
 def downscale(image: np.ndarray, scale: int) -> np.ndarray:

@@ -101,8 +101,9 @@ class PAMSQuantizer(Quantizer):
             return self.alpha, self.expand(bits, x)
         if not isinstance(bits, Tensor):
             return self.alpha[self.candidates.index(bits)], bits
+        # Bits that carry a gradient are floats, and may be a rounding error beside their candidate.
         table = torch.tensor(self.candidates, device=bits.device)
-        alpha = self.alpha[torch.searchsorted(table, bits)]
+        alpha = self.alpha[torch.searchsorted(table, bits.detach().round().to(table.dtype))]
         return self.expand(alpha, x), self.expand(bits, x)
 
     def make_observer(self) -> Observer:

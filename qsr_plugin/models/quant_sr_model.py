@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.models.finite import first_non_finite
+from qsr_plugin.options_file import OptionsError
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import Recipe
@@ -38,21 +38,21 @@ logger = logging.getLogger("basicsr")
 class QuantSRModel(SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
-    Options beside the host's: ``path.pretrain_float_g`` (float weights for student and teacher, strict),
-    ``path.calibration`` (folder of LR images; the training set if not given) and the recipe in ``network_g``.
+    Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
+    ``calibration_folder`` (of LR images; the training set if not given) and the recipe in ``network_g``.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt.get("find_unused_parameters"):
-            raise ValueError(
+            raise OptionsError(
                 "find_unused_parameters: true cannot be used with QuantSRModel: losses reach parameters through "
                 "recorded features, which DDP then counts twice. Remove it; frozen stages need no such search."
             )
         if opt["num_gpu"] > 1 and not opt["dist"]:
-            raise ValueError("QuantSRModel trains on several GPUs with torchrun and --launcher pytorch only")
+            raise OptionsError("QuantSRModel trains on several GPUs with torchrun and --launcher pytorch only")
         if opt["network_g"]["type"] != "QuantNet":
             kind = opt["network_g"]["type"]
-            raise ValueError(f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone")
+            raise OptionsError(f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone")
         super().__init__(opt)
         if not self.is_train:
             self._prepare_network()
@@ -81,7 +81,7 @@ class QuantSRModel(SRModel):
         problems = checkpoint.key_differences(net.state_dict(), state)
         if problems and not any("_quantizer." in key for key in state):
             raise checkpoint.CheckpointError(
-                f"path.pretrain_network_g: {load_path} is a float checkpoint. Give it as path.pretrain_float_g."
+                f"path.pretrain_network_g: {load_path} is a float checkpoint. Give it as path.pretrain_network_float."
             )
         if problems:
             raise checkpoint.CheckpointError(
@@ -95,12 +95,12 @@ class QuantSRModel(SRModel):
         path = self.opt["path"]
         if path.get("pretrain_network_g"):
             return
-        float_path = path.get("pretrain_float_g")
+        float_path = path.get("pretrain_network_float")
         if float_path:
             count = checkpoint.load_float_weights(self.net, float_path)
             logger.info("Loaded %d of %d float keys from %s.", count, count, float_path)
         else:
-            logger.warning("path.pretrain_float_g is not set: the float weights are random.")
+            logger.warning("path.pretrain_network_float is not set: the float weights are random.")
         if self.recipe.calibration is not None and any(q.needs_calibration for _, q in quantizers(self.net)):
             calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
             logger.info("Calibrated ranges on %d image(s).", self.recipe.calibration.images)
@@ -125,10 +125,10 @@ class QuantSRModel(SRModel):
         return losses
 
     def _build_teacher(self) -> nn.Module:
-        path = self.opt["path"].get("pretrain_float_g")
+        path = self.opt["path"].get("pretrain_network_float")
         if not path:
             names = ", ".join(spec.type for spec in self.recipe.losses)
-            raise ValueError(f"path.pretrain_float_g is needed: {names} compares with the float network")
+            raise OptionsError(f"path.pretrain_network_float is needed: {names} compares with the float network")
         teacher = build_backbone(self.opt["network_g"]["backbone"])
         checkpoint.load_float_weights(teacher, path)
         for loss in self.losses.values():
@@ -287,15 +287,23 @@ class QuantSRModel(SRModel):
             "manual_seed": self.opt["manual_seed"],
             "world_size": self.opt["world_size"],
             "recipe": self.recipe.to_dict(),
-            "best_metric_results": deepcopy(getattr(self, "best_metric_results", {})),
+            "best_metric_results": self._best_scores(),
         }
         checkpoint.save_torch(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
+
+    def _best_scores(self) -> dict[str, Any]:
+        """Best validation scores as plain numbers; the host's are NumPy scalars, which no safe reader takes."""
+        best = getattr(self, "best_metric_results", {})
+        return {
+            name: {metric: {**entry, "val": float(entry["val"])} for metric, entry in metrics.items()}
+            for name, metrics in best.items()
+        }
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue a run exactly where its state was saved.
 
         Raises:
-            ValueError: If recipe or number of processes differ from those of the saved run.
+            OptionsError: If recipe or number of processes differ from those of the saved run.
         """
         self._check_same_run(resume_state)
         super().resume_training(resume_state)
@@ -305,7 +313,7 @@ class QuantSRModel(SRModel):
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         if state.get("world_size", self.opt["world_size"]) != self.opt["world_size"]:
-            raise ValueError(
+            raise OptionsError(
                 f"the run was saved with {state['world_size']} process(es), this is {self.opt['world_size']}: start it "
                 "with the same number"
             )
@@ -313,7 +321,7 @@ class QuantSRModel(SRModel):
             return
         changed = changed_keys(state["recipe"], self.recipe.to_dict())
         if changed:
-            raise ValueError(
+            raise OptionsError(
                 "the recipe differs from that of the saved run:\n  " + "\n  ".join(changed) + "\nUse the saved recipe, "
                 "another name for a new run, or --allow-recipe-change"
             )

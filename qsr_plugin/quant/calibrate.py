@@ -36,6 +36,8 @@ def calibrating(net: nn.Module) -> Iterator[None]:
                 if (quantizer := site.quantizer("weight")) is not None:
                     quantizer.observe(site.weight)
             for quantizer in parts:
+                quantizer.observed_range()  # a place without data fails before any range is changed
+            for quantizer in parts:
                 quantizer.end_calibration()
     finally:
         for quantizer in parts:
@@ -84,13 +86,16 @@ def image_batches(images: Union[str, Path, Iterable[Tensor]]) -> Iterator[Tensor
             yield _checked(to_tensor(read_rgb(path)).unsqueeze(0), str(path))
         return
     for number, item in enumerate(images):
-        yield _checked(item["lq"] if isinstance(item, dict) else item, f"batch {number}")
+        yield _checked(item.get("lq", item) if isinstance(item, dict) else item, f"batch {number}")
 
 
 def _checked(batch: Tensor, name: str) -> Tensor:
     if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
         shape = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(f"calibration {name} is {shape}: expected a float tensor (N, 3, H, W), RGB in [0, 1]")
+        raise ValueError(
+            f"calibration {name} is {shape}: expected a float tensor (N, 3, H, W), RGB in [0, 1], or a dict with it as "
+            "'lq'"
+        )
     if not bool(torch.isfinite(batch).all()):
         raise ValueError(f"calibration {name} holds NaN or infinity: remove or repair it")
     return batch

@@ -111,12 +111,13 @@ class Observer:
         """
         if x.numel() == 0:
             raise ValueError("cannot observe an empty tensor: give images of at least one pixel")
-        low, high = self._statistic(x)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        smallest, largest = minmax(x)  # a quantile alone would overlook a few of them
+        if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
             raise ValueError(
-                f"observed a non-finite value (range {low.item()} to {high.item()}): check the calibration images and "
-                "the float weights for NaN or infinity"
+                f"observed a non-finite value (range {smallest.item()} to {largest.item()}): check the calibration "
+                "images and the float weights for NaN or infinity"
             )
+        low, high = self._statistic(x)
         if self._range is None:
             self._range = (low, high)
         else:

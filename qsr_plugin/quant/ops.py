@@ -145,25 +145,29 @@ class _FakeQuantize(torch.autograd.Function):
         y.mul_(span / steps)
         if anchor is not None:
             y.add_(anchor)
-        ctx.save_for_backward(wide, y, span, lower, upper, steps if isinstance(steps, Tensor) else None)
-        ctx.ties = ties
+        # The rounding error is kept, not the result: whoever gets the result may change it in place.
+        _, need_span, need_steps = ctx.needs_input_grad[:3]
+        error = torch.sub(y, wide) if need_span or need_steps else None
+        kept = wide if upper is not None else None
+        ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
+        ctx.ties, ctx.wide = ties, wide.dtype
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: D102
-        x, y, span, lower, upper, steps = ctx.saved_tensors
+        x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
-        wide = grad.to(x.dtype)
+        wide = grad.to(ctx.wide)
         inside = wide if upper is None else _inside_weight(x, lower, upper, ctx.ties).mul_(wide)
         grad_span = grad_steps = grad_lower = grad_upper = None
-        if need_span or need_steps:
-            error = y - x
-            grad_span = _reduce(inside, error, span) / span if need_span else None
-            grad_steps = -_reduce(inside, error, steps) / steps if need_steps else None
+        if need_span:
+            grad_span = _reduce(inside, error, span) / span
+        if need_steps:
+            grad_steps = -_reduce(inside, error, steps) / steps
         if need_lower or need_upper:
             outside = wide - inside
-            # Outside, y lies on one of the bounds, so its side of the middle tells which.
-            above = torch.sub(y, (lower + upper) * 0.5).sign_().add_(1).mul_(0.5)
+            # The side of the middle tells which of the bounds an outside element is beyond.
+            above = torch.sub(x, (lower + upper) * 0.5).sign_().add_(1).mul_(0.5)
             grad_upper = _reduce(outside, above, upper)
             grad_lower = _reduce(outside, above.neg_().add_(1), lower)
         grad_x = inside.to(grad.dtype) if need_x else None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from qsr_plugin.errors import suggest
-from qsr_plugin.quant.observers import Observer
+from qsr_plugin.quant.observers import Observer, Range
 from qsr_plugin.quant.ops import Limits, per_sample
 
 logger = logging.getLogger("qsr_plugin")
@@ -164,6 +164,19 @@ class Quantizer(nn.Module):
             except ValueError as error:
                 raise ValueError(f"{self.site}: {error}") from None
 
+    def observed_range(self) -> Range | None:
+        """What the calibration going on has seen so far, ``None`` without one.
+
+        Raises:
+            RuntimeError: If this site saw no data.
+        """
+        if self._observer is None:
+            return None
+        try:
+            return self._observer.range()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.site}: {error}") from None
+
     def end_calibration(self, *, keep: bool = True) -> None:
         """Stop observing and set the range from what was seen.
 
@@ -173,13 +186,11 @@ class Quantizer(nn.Module):
         Raises:
             RuntimeError: If this site saw no data.
         """
-        observer, self._observer = self._observer, None
-        if observer is None or not keep:
+        found = self.observed_range() if keep else None
+        self._observer = None
+        if found is None:
             return
-        try:
-            low, high = observer.range()
-        except RuntimeError as error:
-            raise RuntimeError(f"{self.site}: {error}") from None
+        low, high = found
         if bool(high <= low):
             logger.warning("%s: all observed values are %g; its range is kept at a tiny positive width", self.site, low)
         with torch.no_grad():

@@ -17,15 +17,14 @@ from typing import Any, Literal, Optional, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qsr_plugin.errors import suggest
+from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.quantizer import quantizer_class
 
 FLOAT_BITS = 32
-BitWidth = int
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe that cannot be used; the message names the key, the value, what is allowed and the next step."""
 
 
@@ -249,12 +248,12 @@ def load_recipe(
     register_parts()
     data = source.to_dict() if isinstance(source, Recipe) else _read(source)
     bits = {"weight": weight_bits, "act": act_bits}
-    overrides = {**overrides, "bits": {**overrides.get("bits", {}), **{k: v for k, v in bits.items() if v is not None}}}
-    data = _merge(data, overrides)
+    bits = {key: value for key, value in bits.items() if value is not None}
+    data = _merge(_merge(data, overrides), {"bits": bits} if bits else {})
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(error, data)) from None
 
 
 def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
@@ -284,13 +283,13 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, data: Any) -> str:
     """One line per problem: the key's path, what is wrong, and near names for unknown keys."""
     lines = []
     for item in error.errors(include_url=False):
         where = "recipe" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(item['loc'][:-1], data))}")
         elif item["type"] == "missing":
             lines.append(f"{where}: required, but not given")
         else:
@@ -299,8 +298,12 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _fields_at(loc: tuple[Union[int, str], ...]) -> list[str]:
+def _fields_at(loc: tuple[Union[int, str], ...], data: Any) -> list[str]:
     """Field names of the model at a location, to suggest from."""
+    if loc[-1:] in (("act",), ("weight",), ("quantizer",)):
+        for part in loc:
+            data = data[part]
+        return list(quantizer_class(data["type"]).Options.model_fields)
     tables: dict[str, type[BaseModel]] = {
         "bits": Bits, "quantizers": Quantizers, "calibration": Calibration, "stages": Stage, "lr": LearningRates,
         "placements": Rule,

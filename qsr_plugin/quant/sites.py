@@ -160,6 +160,12 @@ class WeightedPortSite(PortSite):
             del self.__dict__["weight"]
 
 
+def all_ports(module: nn.Module) -> tuple[str, ...]:
+    """Every port that rules may have asked of a float module, in any combination."""
+    registered = _SITE_CLASSES.get(type(module), PortSite)
+    return tuple(dict.fromkeys((*WeightedPortSite.ports, *registered.ports)))
+
+
 _SITE_CLASSES: dict[type, type[Site]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, MatMul: QuantMatMul}
 
 
@@ -188,6 +194,11 @@ def site_class_for(module: nn.Module, ports: set[str]) -> type[Site]:
         ValueError: If the module cannot offer one of them.
     """
     kind = type(module)
+    if "weight" in ports and isinstance(getattr(kind, "weight", None), property):
+        raise ValueError(
+            f"the weight of this {kind.__name__} is computed by a property: remove the parametrization first, "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+        )
     generic = PortSite if not isinstance(getattr(module, "weight", None), Tensor) else WeightedPortSite
     chosen = _SITE_CLASSES.get(kind)
     if chosen is None or (ports <= set(generic.ports) and chosen not in (QuantConv2d, QuantLinear, QuantMatMul)):

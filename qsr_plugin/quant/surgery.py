@@ -16,7 +16,7 @@ from qsr_plugin.quant.policy import BitPolicy, policy_class
 from qsr_plugin.quant.quantizer import Quantizer, quantizer_class
 from qsr_plugin.quant.recipe import FLOAT_BITS, QuantizerSpec, Recipe, RecipeError, Rule, load_recipe, register_parts
 from qsr_plugin.quant.record import RecordingRoot, record_root
-from qsr_plugin.quant.sites import Site, site_class_for
+from qsr_plugin.quant.sites import Site, all_ports, site_class_for
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -132,7 +132,7 @@ def _places_of_rule(
             raise RecipeError(f"{where}: say the port, one of input, weight, output")
         for name, module in index.matching(pattern, rule.type):
             found = True
-            for one in [port] if port else site_class_for(module, set()).ports:
+            for one in [port] if port else all_ports(module):
                 yield _place(recipe, rule, number, name, module, one, where)
         if not found:
             kind = f" of type {rule.type}" if rule.type else ""
@@ -190,29 +190,30 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
     ports: dict[str, set[str]] = {}
     for place in places:
         ports.setdefault(place.name, set()).add(place.port)
+    prepared = []
     for place in places:
+        try:
+            site_class = site_class_for(place.module, ports[place.name])
+        except ValueError as error:
+            raise RecipeError(f"{place.name}: {error}") from None
+        prepared.append((place, site_class, *_parts(recipe, place, site_class.channel_axis)))
+    device = next((parameter.device for parameter in net.parameters()), None)
+    for place, site_class, quantizer, policy in prepared:  # nothing fails from here on
         if not isinstance(place.module, Site):
-            try:
-                site_class = site_class_for(place.module, ports[place.name])
-            except ValueError as error:
-                raise RecipeError(f"{place.name}: {error}") from None
             site_class.from_float(place.module, place.name)
-        place.module.add_quantizer(place.port, *_parts(recipe, place))
+        place.module.add_quantizer(place.port, quantizer.to(device), policy if policy is None else policy.to(device))
     net.float_class = backbone
     net.recipe = recipe
     return record_root(net)
 
 
-def _parts(recipe: Recipe, place: Place) -> tuple[Quantizer, Optional[BitPolicy]]:
+def _parts(recipe: Recipe, place: Place, channel_axis: int) -> tuple[Quantizer, Optional[BitPolicy]]:
     candidates = place.bits if isinstance(place.bits, tuple) else (place.bits,)
     role = "weight" if place.port == "weight" else "act"
-    axis = 0 if role == "weight" else place.module.channel_axis
+    axis = 0 if role == "weight" else channel_axis
     cls = quantizer_class(place.spec.type)
     quantizer = cls(cls.Options(**place.spec.extras()), candidates, role, axis)
     quantizer.counts_in_fab = role == "act" and not place.own_bits
-    weight = getattr(place.module, "weight", None)
-    if weight is not None:
-        quantizer.to(weight.device)
     if role == "weight":
         return quantizer, None
     policy = policy_class("fixed" if len(candidates) == 1 else recipe.policy.type)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 from torch import nn
 
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.recipe import FLOAT_BITS
 from qsr_plugin.quant.surgery import quantizers
 
 
@@ -19,9 +22,11 @@ def feature_average_bits(net: nn.Module, record: ForwardRecord) -> float:
         net: Quantized network.
         record: Record of its forward.
     """
-    widths = []
-    for place, quantizer in quantizers(net):
-        if quantizer.counts_in_fab and place in record.bits:
-            bits = record.bits[place]
-            widths.append(bits.detach().float().mean().cpu() if isinstance(bits, torch.Tensor) else torch.tensor(float(bits)))
-    return float(torch.stack(widths).mean()) if widths else 32.0
+    counted = (place for place, quantizer in quantizers(net) if quantizer.counts_in_fab)
+    widths = [mean_bits(record.bits[place]) for place in counted if place in record.bits]
+    return fmean(widths) if widths else float(FLOAT_BITS)
+
+
+def mean_bits(bits: int | torch.Tensor) -> float:
+    """Mean over the images of one entry of a record: an int, or ``(N,)`` one per image."""
+    return float(bits.detach().double().mean()) if isinstance(bits, torch.Tensor) else float(bits)
