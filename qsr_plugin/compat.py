@@ -33,7 +33,7 @@ qsr_plugin needs BasicSR for this, and it cannot be imported. In a fresh environ
     pip install --no-build-isolation --no-deps basicsr==1.4.2
     pip install -e .
 Take the torch and torchvision that belong together (same index, same CUDA or CPU variant), and keep this order: without
---no-build-isolation pip downloads a second torch only to build BasicSR. The last line is run in the folder of qsr_plugin."""
+--no-build-isolation pip downloads a second torch only to build BasicSR. Run the last line in the folder of qsr_plugin."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def require_registered(kind: str, name: str) -> None:
         return
     raise LookupError(
         f"No {kind} named '{name}' is registered. {suggest(name, known)} {describe_host()} Classes of a project become "
-        f"known when it is imported: put 'import qsr_plugin' (and the project that defines '{name}') first in the script, "
-        "and do not run it from a folder that holds another copy of basicsr."
+        f"known when it is imported: put 'import qsr_plugin' (and the project that defines '{name}') first in the "
+        "script, and do not run it from a folder that holds another copy of basicsr."
     )
 
 

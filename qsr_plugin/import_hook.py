@@ -72,7 +72,8 @@ class HostFinder(importlib.abc.MetaPathFinder):
         try:
             loader.exec_module(module)
         except BaseException:
-            self.arm()
+            if self._pending:  # the next import of one of our modules registers
+                self.arm()
             raise
         finally:
             self._running -= 1

@@ -165,13 +165,30 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
             options = resolved_command(sys.argv[1:] if argv is None else argv, Path(folder))
             compat.import_host()
             logging.getLogger("qsr_plugin").info("using %s", compat.describe_host())
+            compat.require_registered("model", str(options.get("model_type")))
+            compat.require_registered("arch", str(options.get("network_g", {}).get("type")))
             refuse_bad_data(options)
             if pipeline == "train":
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())
-    except UserError as error:
+    except (UserError, LookupError) as error:
+        if isinstance(error, LookupError) and type(error) is not LookupError:
+            raise  # a KeyError or IndexError is a fault of the program
         raise SystemExit(f"error: {error}") from error
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """End a gloo run at once: its threads can abort or hang a process while the interpreter shuts down."""
+    from torch import distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def main(argv: Optional[list[str]] = None) -> None:

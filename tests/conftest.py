@@ -10,10 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
+from torch import nn
 
 from qsr_plugin import compat
 
 compat.prepare()
+
+# Property tests try the same examples in every run and write nothing beside the repository's files.
+settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture
@@ -47,3 +54,28 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
         return out
 
     return run
+
+
+#: Constructor arguments that make a backbone small enough for tests.
+TINY = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2}
+
+
+@pytest.fixture
+def tiny_net() -> Callable[..., nn.Module]:
+    """Build a small float backbone with fixed random weights: ``tiny_net("EDSR", num_block=1)``."""
+
+    def build(kind: str = "EDSR", **changes: object) -> nn.Module:
+        from qsr_plugin.archs.quant_net_arch import build_backbone
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build_backbone({"type": kind, **TINY, **changes}).eval()
+
+    return build
+
+
+@pytest.fixture
+def images() -> list[torch.Tensor]:
+    """Three batches of two 8x8 RGB images in [0, 1], always the same."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(2, 3, 8, 8, generator=generator) for _ in range(3)]

@@ -146,8 +146,7 @@ class _FakeQuantize(torch.autograd.Function):
         if anchor is not None:
             y.add_(anchor)
         # The rounding error is kept, not the result: whoever gets the result may change it in place.
-        _, need_span, need_steps = ctx.needs_input_grad[:3]
-        error = torch.sub(y, wide) if need_span or need_steps else None
+        error = torch.sub(y, wide) if any(ctx.needs_input_grad[1:5]) else None
         kept = wide if upper is not None else None
         ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
         ctx.ties, ctx.wide = ties, wide.dtype
@@ -158,18 +157,21 @@ class _FakeQuantize(torch.autograd.Function):
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
         wide = grad.to(ctx.wide)
-        inside = wide if upper is None else _inside_weight(x, lower, upper, ctx.ties).mul_(wide)
+        inside, spare = (wide, None) if upper is None else _inside_weight(x, lower, upper, ctx.ties)
+        if upper is not None:
+            inside.mul_(wide)
         grad_span = grad_steps = grad_lower = grad_upper = None
         if need_span:
             grad_span = _reduce(inside, error, span) / span
         if need_steps:
             grad_steps = -_reduce(inside, error, steps) / steps
         if need_lower or need_upper:
-            outside = wide - inside
-            # The side of the middle tells which of the bounds an outside element is beyond.
-            above = torch.sub(x, (lower + upper) * 0.5).sign_().add_(1).mul_(0.5)
-            grad_upper = _reduce(outside, above, upper)
-            grad_lower = _reduce(outside, above.neg_().add_(1), lower)
+            # Outside, x + error lies on one of the bounds: total and first moment tell how much is on each.
+            outside = torch.sub(wide, inside, out=spare)
+            total = outside.sum_to_size(upper.shape)
+            moment = _reduce(outside, x, upper) + _reduce(outside, error, upper)
+            sided = (moment - (lower + upper) * 0.5 * total) / ((upper - lower) * 0.5)
+            grad_upper, grad_lower = (total + sided) * 0.5, (total - sided) * 0.5
         grad_x = inside.to(grad.dtype) if need_x else None
         return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None
 
@@ -179,12 +181,13 @@ def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:
     return (qmin if isinstance(qmin, Tensor) else torch.full_like(qmax, qmin)), qmax
 
 
-def _inside_weight(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:
-    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound."""
-    weight = torch.sub(x, lower).sign_().add_(torch.sub(upper, x).sign_())  # 2 inside, 1 on a bound, 0 outside
+def _inside_weight(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor, Tensor]:
+    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound; and a tensor like ``x`` that may be overwritten."""
+    weight, spare = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
+    weight.add_(spare)  # 2 inside, 1 on a bound, 0 outside
     if ties == "split":
-        return weight.mul_(0.5)
-    return weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)
+        return weight.mul_(0.5), spare
+    return (weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)), spare
 
 
 def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:

@@ -177,13 +177,15 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
 
     Raises:
         RecipeError: If the recipe does not fit the network.
-        RuntimeError: If the network is quantized already.
+        RuntimeError: If the network is quantized or tapped already.
     """
     if getattr(net, "recipe", None) is not None:
         raise RuntimeError(
             f"{type(net).__name__} is already quantized with '{net.recipe.method}': build a fresh float network, load "
             "its weights and quantize that"
         )
+    if isinstance(net, RecordingRoot):
+        raise RuntimeError(f"{type(net).__name__} has taps already: quantize the network first, then tap it")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     backbone = type(net)
     places = find_places(net, recipe)

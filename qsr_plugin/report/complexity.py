@@ -178,10 +178,10 @@ def complexity(
 
 def _place_bits(net: nn.Module) -> dict[str, float]:
     """Bits at every activation place: the fixed width, or the mean of what the last forward chose."""
-    bits = {}
+    bits: dict[str, float] = {}
     for place, quantizer in quantizers(net):
         if quantizer.role == "act" and len(quantizer.candidates) == 1:
-            bits[place] = float(quantizer.candidates[0])
+            bits[place] = quantizer.candidates[0]
         elif quantizer.role == "act":
             chosen = net.last_record().bits
             if place not in chosen:

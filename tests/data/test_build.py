@@ -128,7 +128,7 @@ def test_a_stopped_build_continues_to_the_same_result(
     report = build(out)
     assert report.resumed == done
     assert everything(out) == everything(tmp_path / "whole")
-    assert len((out / "build.jsonl").read_text().splitlines()) == 1 + 4
+    assert build(out).already_complete
 
 
 def test_a_killed_process_continues_to_the_same_result(photos: Path, tmp_path: Path, build: Callable) -> None:

@@ -42,6 +42,12 @@ def test_golden() -> None:
     assert downscale(formula_image(), 2)[..., 0].tolist() == GOLDEN_X2_RED
 
 
+def test_halves_are_rounded_up() -> None:
+    """One output pixel between two inputs is their mean; rounding to even would give 0 and 2."""
+    pair = np.array([[[0, 2, 254]], [[1, 3, 255]]], np.uint8)
+    assert downscale(pair, 2).tolist() == [[[1, 3, 255]]]
+
+
 def test_the_order_of_the_passes_matters() -> None:
     """Columns first, with rounding in between, is another result: the golden numbers can tell the two apart."""
     columns_first = downscale(formula_image().transpose(1, 0, 2), 4).transpose(1, 0, 2)

@@ -96,6 +96,28 @@ def test_second_attempt_after_a_failing_host(host: Path, run_python: Callable[..
     run_python(script(code), path=(host,))
 
 
+def test_registration_waits_for_a_half_executed_module(host: Path, run_python: Callable[..., str]) -> None:
+    """A module of the package that is the first to import the host is complete before everything is registered."""
+    own = "import sys\nimport basicsr\nsys.events.append('own')\n"
+    (host / "works.py").write_text(own, "utf-8")
+    (host / "fails.py").write_text(own + "raise RuntimeError('no')\n", "utf-8")
+    code = """
+        import qsr_plugin
+        qsr_plugin.__path__.append({host!r})
+        if {failing}:
+            try:
+                import qsr_plugin.fails
+            except RuntimeError:
+                assert events == ["prepare", "host", "repair_host", "own"], events
+                del events[-1]
+        import qsr_plugin.works
+        assert events == ["prepare", "host", "repair_host", "own", "register_all"], events
+        assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("qsr_plugin")]
+    """
+    for failing in (False, True):
+        run_python(script(code.format(failing=failing, host=str(host))), path=(host,))
+
+
 REGISTERED = """
     from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
     for registry in (ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY):

@@ -1,0 +1,191 @@
+"""Scores of a network on folders of image pairs: PSNR and SSIM on Y, as BasicSR computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
+from basicsr.utils import tensor2img
+from torch import nn
+
+from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
+from qsr_plugin.quant.recipe import FLOAT_BITS
+from qsr_plugin.quant.record import RecordingRoot
+from qsr_plugin.report.fab import feature_average_bits
+
+_SSIM_WINDOW = 11
+
+Pair = tuple[Path, Path]
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Scores of one image.
+
+    Attributes:
+        name: File name of the HR image.
+        psnr: In dB on Y; infinite for identical images.
+        ssim: On Y, at most 1.
+        fab: Feature average bit width of this image.
+    """
+
+    name: str
+    psnr: float
+    ssim: float
+    fab: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores on one data set; the means are plain means over the images.
+
+    Attributes:
+        scale: Factor between LR and HR, also the number of border pixels left out on each side.
+        psnr: Mean PSNR in dB on Y.
+        ssim: Mean SSIM on Y.
+        fab: Mean feature average bit width.
+        images: Scores by image, in the order of the file names.
+    """
+
+    scale: int
+    psnr: float
+    ssim: float
+    fab: float
+    images: tuple[ImageScore, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    net: nn.Module,
+    hr_folder: str | Path,
+    lr_folder: str | Path,
+    scale: int,
+    *,
+    progress: Callable[[Sequence[Pair]], Iterable[Pair]] = iter,
+) -> EvaluationResult:
+    """Run a network on a folder of LR images and compare with the HR images.
+
+    Outputs are clipped and rounded to 8 bits; ``scale`` pixels on each side are left out; Y is BT.601 (16 to 235). Each
+    image runs whole and alone, on the network's device, in evaluation mode.
+
+    Args:
+        net: Takes and returns (1, 3, H, W), RGB in [0, 1]; float, or quantized and calibrated.
+        hr_folder: Folder of high-resolution images.
+        lr_folder: Folder of low-resolution images of the same names; ``name.png`` may also be ``namex4.png`` at scale 4.
+        scale: Factor between them.
+        progress: Wraps the list of pairs, e.g. ``rich.progress.track``.
+
+    Raises:
+        ValueError: For a bad folder or image, a missing partner, sizes that do not fit, or output that is not finite.
+    """
+    scores = []
+    with _evaluation_mode(net):
+        for hr_path, lr_path in progress(find_pairs(hr_folder, lr_folder, scale)):
+            hr, lr = to_uint8(read_rgb(hr_path)), read_rgb(lr_path)
+            _check_sizes(hr_path, hr, lr_path, lr, scale)
+            sr = super_resolve(net, lr, str(lr_path))
+            if sr.shape != hr.shape:
+                raise ValueError(
+                    f"{lr_path}: the network made {_size(sr)} of {_size(lr)}, scale {scale} asks for {_size(hr)}. Give "
+                    "the scale the network was built for, and the folder that belongs to it."
+                )
+            psnr, ssim = psnr_ssim(sr, hr, scale)
+            recorded = isinstance(net, RecordingRoot)
+            fab = feature_average_bits(net, net.last_record()) if recorded else float(FLOAT_BITS)
+            scores.append(ImageScore(hr_path.name, psnr, ssim, fab))
+    means = {key: fmean(getattr(score, key) for score in scores) for key in ("psnr", "ssim", "fab")}
+    return EvaluationResult(scale, images=tuple(scores), **means)
+
+
+def super_resolve(net: nn.Module, lr: np.ndarray, name: str = "the image") -> np.ndarray:
+    """Enlarge one image, on the network's device and in its present mode.
+
+    Args:
+        net: Takes and returns (1, 3, H, W), RGB in [0, 1].
+        lr: (H, W, 3) RGB, uint8 or uint16.
+        name: What to call the image in errors.
+
+    Returns:
+        (scale H, scale W, 3) RGB uint8, clipped and rounded.
+
+    Raises:
+        ValueError: If the output holds NaN or infinity.
+    """
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        out = net(to_tensor(lr).unsqueeze(0).to(device))
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(
+            f"{name}: the network's output holds NaN or infinity. Its weights or ranges are broken: check the checkpoint, "
+            "or calibrate again."
+        )
+    return tensor2img(out, rgb2bgr=False)
+
+
+def psnr_ssim(sr: np.ndarray, hr: np.ndarray, scale: int) -> tuple[float, float]:
+    """PSNR (dB) and SSIM on Y of two (H, W, 3) RGB uint8 images, ``scale`` pixels on each side left out."""
+    bgr = np.ascontiguousarray(sr[..., ::-1]), np.ascontiguousarray(hr[..., ::-1])  # the order the host's metrics expect
+    options = {"crop_border": scale, "test_y_channel": True}
+    return float(calculate_psnr(*bgr, **options)), float(calculate_ssim(*bgr, **options))
+
+
+def find_pairs(hr_folder: str | Path, lr_folder: str | Path, scale: int) -> list[Pair]:
+    """Pairs (HR file, LR file) of two folders, sorted by name.
+
+    Raises:
+        ValueError: For a bad or empty folder, or an image without its partner on either side.
+    """
+    by_name = {path.stem: path for path in list_images(lr_folder)}
+    pairs = []
+    for path in list_images(hr_folder):
+        partner = by_name.pop(path.stem, None) or by_name.pop(f"{path.stem}x{scale}", None)
+        if partner is None:
+            found = ", ".join(sorted(p.name for p in list_images(lr_folder))[:5])
+            raise ValueError(
+                f"{path}: no partner in {lr_folder}. Looked for {path.stem} or {path.stem}x{scale} with any image "
+                f"ending, found {found}. Give the LR folder made from this HR folder."
+            )
+        pairs.append((path, partner))
+    if by_name:
+        extra = sorted(path.name for path in by_name.values())
+        raise ValueError(
+            f"{lr_folder}: {len(extra)} image(s) without a partner in {hr_folder}: {', '.join(extra[:5])}. Remove them, or "
+            "give the HR folder they were made from."
+        )
+    return pairs
+
+
+def _check_sizes(hr_path: Path, hr: np.ndarray, lr_path: Path, lr: np.ndarray, scale: int) -> None:
+    if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+        raise ValueError(
+            f"{hr_path} is {_size(hr)} and {lr_path} is {_size(lr)}: HR must be exactly {scale} times LR. Crop HR, or make "
+            "LR from it anew."
+        )
+    least = _SSIM_WINDOW + 2 * scale
+    if min(hr.shape[:2]) < least:
+        raise ValueError(f"{hr_path} is {_size(hr)}: too small to score, at scale {scale} each side needs {least} pixels")
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+@contextmanager
+def _evaluation_mode(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, every module's own mode again after it."""
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,130 @@
+"""Reports as tables for the terminal and as JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from qsr_plugin.checkpoint import write_atomically
+from qsr_plugin.report.complexity import CONVENTIONS, ComplexityReport
+from qsr_plugin.report.evaluate import EvaluationResult
+
+
+def site_table(report: ComplexityReport) -> Table:
+    """One row per layer, with the totals below."""
+    table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_footer=True)
+    left = {"overflow": "fold"}
+    right = {"justify": "right", "no_wrap": True}
+    table.add_column("Layer", "total", **left)
+    table.add_column("Kind", **left)
+    table.add_column("MACs", quantity(report.macs), **right)
+    table.add_column("Weight bits", **right)
+    table.add_column("Act. bits", **right)
+    table.add_column("Parameters", f"{report.parameters:,}", **right)
+    table.add_column("Size", size(report.storage_bits), **right)
+    table.add_column("In FAB", "", justify="center")
+    for row in report.sites:
+        bits = f"{row.weight_bits:.4g}", f"{row.act_bits:.4g}"
+        style = None if row.quantized else "dim"
+        numbers = quantity(row.macs), *bits, f"{row.parameters:,}", size(row.storage_bits)
+        table.add_row(row.name, row.kind, *numbers, "yes" if row.in_fab else "", style=style)
+    return table
+
+
+def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResult] | None = None) -> Table:
+    """Totals of one network, and its scores by data set.
+
+    Args:
+        report: From :func:`qsr_plugin.complexity`.
+        scores: Name of the data set to its result.
+    """
+    table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    quantized = [row for row in report.sites if row.quantized]
+    share = sum(row.macs for row in quantized) / report.macs if report.macs else 0.0
+    rows = {
+        "Parameters": f"{report.parameters:,}",
+        "MACs": quantity(report.macs),
+        "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
+        "FAB": f"{report.fab:.2f} bits",
+        "FAB weighted by MACs": f"{report.weighted_fab:.2f} bits",
+        "BitOPs": quantity(report.bitops),
+        "BitOPs of quantized layers": quantity(report.bitops_quantized),
+        "Size": size(report.storage_bits),
+        "Size in float": f"{size(report.float_storage_bits)} ({report.float_storage_bits / report.storage_bits:.2f} x)",
+    }
+    for name, result in (scores or {}).items():
+        rows[f"{name} x{result.scale}"] = f"{result.psnr:.2f} dB / {result.ssim:.4f}"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def results_table(results: Mapping[str, tuple[ComplexityReport, EvaluationResult]], title: str = "") -> Table:
+    """One row per network, to compare them.
+
+    Args:
+        results: Label to costs and scores.
+        title: Above the table, e.g. the name of the data set.
+
+    Raises:
+        ValueError: If there is none, or they were counted in different ways or at different sizes or scales.
+    """
+    ways = {(report.convention, report.input_size, result.scale) for report, result in results.values()}
+    if len(ways) != 1:
+        found = "; ".join(f"{c} at {h}x{w}, x{s}" for c, (h, w), s in sorted(ways)) or "no result"
+        raise ValueError(f"results to compare need one BitOPs convention, input size and scale, found: {found}")
+    table = Table(title=title or None, caption=_counted_at(next(iter(results.values()))[0]))
+    table.add_column("Network")
+    for heading in ("PSNR", "SSIM", "FAB", "BitOPs", "Size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, (report, result) in results.items():
+        scores = f"{result.psnr:.2f}", f"{result.ssim:.4f}", f"{result.fab:.2f}"
+        table.add_row(label, *scores, quantity(report.bitops), size(report.storage_bits))
+    return table
+
+
+def write_json(data: Mapping[str, object], path: str | Path) -> None:
+    """Write plain data as JSON, whole or not at all. Infinity and NaN become the strings ``inf`` and ``nan``.
+
+    Args:
+        data: What the ``to_dict`` of reports and results return, alone or nested.
+        path: Final place.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = json.dumps(_strict(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def quantity(number: float) -> str:
+    """A count with a decimal prefix and three or more digits, e.g. ``114.2 G``."""
+    for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= unit:
+            return f"{number / unit:.4g} {prefix}"
+    return f"{number:.4g}"
+
+
+def size(bits: int) -> str:
+    """Bits as bytes with a decimal prefix, e.g. ``1.942 MB``."""
+    return f"{quantity(bits / 8)}B" if bits >= 8000 else f"{bits // 8} B"
+
+
+def _counted_at(report: ComplexityReport) -> str:
+    height, width = report.input_size
+    text = CONVENTIONS[report.convention].text
+    return f"Per image of {height}x{width} (LR height x width). BitOPs '{report.convention}': {text}. 1 MB is 10^6 bytes."
+
+
+def _strict(data: object) -> object:
+    if isinstance(data, Mapping):
+        return {str(key): _strict(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_strict(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,180 @@
+"""The arithmetic: every result and gradient against a plain autograd reference written with element-wise operations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qsr_plugin.quant.ops import fake_quantize, grad_scale, int_limits, per_sample, round_ste
+
+values = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=24)
+widths = st.integers(2, 16)
+
+
+def reference(x: Tensor, lower: Tensor, upper: Tensor, steps: Tensor | float) -> Tensor:
+    """The textbook form, differentiated by autograd; minimum and maximum split the gradient on a bound."""
+    clipped = torch.minimum(torch.maximum(x, lower), upper)
+    t = (clipped - lower) / (upper - lower) * steps
+    return (t + (torch.round(t) - t).detach()) / steps * (upper - lower) + lower
+
+
+def gradients(out: Tensor, upstream: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out, leaves, upstream))
+
+
+@given(values)
+def test_round_ste_rounds_half_to_even_and_passes_the_gradient(numbers: list[float]) -> None:
+    x = torch.tensor(numbers, requires_grad=True)
+    y = round_ste(x)
+    assert y.tolist() == pytest.approx(np.rint(np.array(numbers, np.float32)).tolist(), abs=1e-6)
+    assert gradients(y, torch.arange(1.0, x.numel() + 1), x)[0].tolist() == list(range(1, x.numel() + 1))
+
+
+def test_grad_scale_is_the_identity_with_a_scaled_gradient() -> None:
+    x = torch.tensor([1.0, -2.5], requires_grad=True)
+    y = grad_scale(x, 0.125)
+    assert torch.equal(y, x)
+    assert gradients(y, torch.ones(2), x)[0].tolist() == [0.125, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "narrow", "limits"),
+    [(4, True, False, (-8, 7)), (4, True, True, (-7, 7)), (4, False, False, (0, 15)), (2, True, True, (-1, 1))],
+)
+def test_int_limits_of_a_number_and_of_a_tensor(bits: int, signed: bool, narrow: bool, limits: tuple) -> None:
+    assert int_limits(bits, signed=signed, narrow=narrow) == limits
+    for tensor in (torch.tensor([bits]), torch.tensor([float(bits)])):
+        low, high = int_limits(tensor, signed=signed, narrow=narrow)
+        assert (float(low), float(high)) == limits
+
+
+@given(widths, st.integers(1, 40))
+def test_int_limits_of_tensors_are_exact(bits: int, count: int) -> None:
+    """A power of two that is off by one rounding error would break equality with the loop over samples."""
+    for dtype in (torch.int64, torch.float32):
+        low, high = int_limits(torch.full((count,), bits, dtype=dtype))
+        assert (low == -(2.0 ** (bits - 1))).all() and (high == 2.0 ** (bits - 1) - 1).all()
+
+
+def test_int_limits_of_a_real_width_carry_a_gradient() -> None:
+    bits = torch.tensor(4.0, requires_grad=True)
+    _, steps = int_limits(bits, signed=False)
+    assert gradients(steps, torch.tensor(1.0), bits)[0].item() == pytest.approx(16 * math.log(2))
+
+
+@given(values, st.floats(-2, -0.1), st.floats(0.1, 2), st.sampled_from([2, 3, 4, 8]))
+def test_asymmetric_grid_equals_the_reference_with_all_gradients(
+    numbers: list[float], low: float, high: float, bits: int
+) -> None:
+    x = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+    lower = torch.tensor(low, dtype=torch.float64, requires_grad=True)
+    upper = torch.tensor(high, dtype=torch.float64, requires_grad=True)
+    width = torch.tensor(float(bits), dtype=torch.float64, requires_grad=True)
+    limits = int_limits(width, signed=False)
+    got = fake_quantize(
+        x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=lower.detach(), ties="split"
+    )
+    want = reference(x, lower, upper, 2.0**width - 1)
+    near_tie = ((((x - lower) / (upper - lower)) * (2**bits - 1)) % 1 - 0.5).abs() < 1e-6
+    if bool(near_tie.any()):
+        return  # the two orders of multiplication may fall on different sides of a rounding tie
+    upstream = torch.linspace(-1, 2, x.numel(), dtype=torch.float64)
+    assert torch.allclose(got, want, atol=1e-9)
+    for a, b in zip(gradients(got, upstream, x, lower, upper, width), gradients(want, upstream, x, lower, upper, width)):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@given(values, st.floats(0.05, 3), st.sampled_from([2, 4, 8]))
+def test_symmetric_grid_equals_the_reference_with_all_gradients(numbers: list[float], scale: float, bits: int) -> None:
+    qmax = 2.0 ** (bits - 1) - 1
+    x = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    if bool(((x * qmax / alpha) % 1 - 0.5).abs().lt(1e-6).any()):
+        return
+    got = fake_quantize(x, alpha, qmax, (-qmax, qmax), bounds=(-alpha, alpha), ties="split")
+    clipped = torch.minimum(torch.maximum(x, -alpha), alpha)
+    code = clipped * qmax / alpha
+    want = (code + (torch.round(code) - code).detach()) * alpha / qmax
+    upstream = torch.linspace(-1, 2, x.numel(), dtype=torch.float64)
+    assert torch.allclose(got, want, atol=1e-9)
+    for a, b in zip(gradients(got, upstream, x, alpha), gradients(want, upstream, x, alpha)):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize(("ties", "share"), [("inside", 1.0), ("split", 0.5), ("outside", 0.0)])
+def test_elements_on_a_bound_count_as_asked(ties: str, share: float) -> None:
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    lower, upper = torch.tensor(-1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    y = fake_quantize(x, upper - lower, 3.0, (0.0, 3.0), bounds=(lower, upper), anchor=lower.detach(), ties=ties)
+    dx, dl, du = gradients(y, torch.ones(2), x, lower, upper)
+    assert dx.tolist() == [share, share]
+    assert (dl.item(), du.item()) == (1 - share, 1 - share)
+
+
+def test_without_bounds_nothing_is_clipped() -> None:
+    x = torch.tensor([5.0, -5.2], requires_grad=True)
+    y = fake_quantize(x, torch.tensor(1.0), 7.0, (-7.0, 7.0))
+    assert y.tolist() == pytest.approx([5.0, -36 / 7])
+    assert gradients(y, torch.ones(2), x)[0].tolist() == [1.0, 1.0]
+
+
+def test_gradients_of_ranges_per_channel_and_per_sample_sum_over_the_broadcast_axes() -> None:
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    for shape in ((1, 2, 1, 1), (3, 1, 1, 1), (2, 1, 1), ()):
+        alpha = torch.full(shape, 0.8, dtype=torch.float64, requires_grad=True)
+        together = fake_quantize(x, alpha, 7.0, (-7.0, 7.0), bounds=(-alpha, alpha))
+        (grad,) = gradients(together, torch.ones_like(x), alpha)
+        each = alpha.detach().expand_as(x).clone().requires_grad_()
+        apart = fake_quantize(x, each, 7.0, (-7.0, 7.0), bounds=(-each, each))
+        assert grad.shape == alpha.shape
+        assert torch.allclose(grad, gradients(apart, torch.ones_like(x), each)[0].sum_to_size(shape))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_memory_layout_does_not_matter(layout: str) -> None:
+    plain = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    x = plain.clone()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        x = plain.transpose(2, 3).contiguous().transpose(2, 3)
+    results = []
+    for tensor in (plain.requires_grad_(), x.requires_grad_()):
+        alpha = torch.tensor(0.9, requires_grad=True)
+        y = fake_quantize(tensor, alpha, 7.0, (-7.0, 7.0), bounds=(-alpha, alpha))
+        results.append([y, *gradients(y, torch.arange(y.numel()).view_as(y).float(), tensor, alpha)])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-5)
+
+
+def test_result_may_be_changed_in_place_before_the_backward_pass() -> None:
+    """An in-place ReLU or ``+=`` after a quantizer is ordinary code in a backbone."""
+    grads = []
+    for act in (torch.relu, torch.relu_):
+        x = torch.linspace(-2, 2, 9, requires_grad=True)
+        alpha = torch.tensor(1.0, requires_grad=True)
+        act(fake_quantize(x, alpha, 7.0, (-7.0, 7.0), bounds=(-alpha, alpha))).sum().backward()
+        grads.append((x.grad, alpha.grad))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_rounded_in_float32(dtype: torch.dtype) -> None:
+    x = torch.linspace(-2, 2, 41).to(dtype)
+    alpha = torch.tensor(1.3)
+    y = fake_quantize(x, alpha, 127.0, (-127.0, 127.0), bounds=(-alpha, alpha))
+    wide = fake_quantize(x.float(), alpha, 127.0, (-127.0, 127.0), bounds=(-alpha, alpha))
+    assert y.dtype == dtype and torch.equal(y, wide.to(dtype))
+
+
+def test_per_sample_repeats_for_folded_windows_and_refuses_what_does_not_fit() -> None:
+    shaped = per_sample(torch.tensor([4, 8]), torch.zeros(6, 5, 3))
+    assert shaped.shape == (6, 1, 1) and shaped.flatten().tolist() == [4, 4, 4, 8, 8, 8]
+    with pytest.raises(ValueError, match="2 image.s. do not fit a batch of 5"):
+        per_sample(torch.tensor([4, 8]), torch.zeros(5, 3))
