@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qsr_plugin import host_patches
-from qsr_plugin.errors import suggest
+from qsr_plugin.errors import UserError, suggest
 
 logger = logging.getLogger("qsr_plugin.compat")
 
@@ -109,6 +109,10 @@ HOST_REPAIRS = (
 )
 
 
+class NotRegisteredError(UserError, LookupError):
+    """The host's registry does not know a class that an option file names."""
+
+
 def enabled() -> bool:
     """Whether repairs may be applied (``QSR_COMPAT`` is not ``0``)."""
     return os.environ.get("QSR_COMPAT", "1") != "0"
@@ -190,14 +194,14 @@ def require_registered(kind: str, name: str) -> None:
         name: The ``type`` an option file asks for.
 
     Raises:
-        LookupError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use and the
+        NotRegisteredError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use and the
             import that may be missing.
     """
     registry = getattr(import_host("basicsr.utils.registry"), f"{kind.upper()}_REGISTRY")
     known = list(registry.keys())
     if name in known or f"{name}_basicsr" in known:
         return
-    raise LookupError(
+    raise NotRegisteredError(
         f"No {kind} named '{name}' is registered. {suggest(name, known)} {describe_host()} Classes of a project become "
         f"known when it is imported: put 'import qsr_plugin' (and the project that defines '{name}') first in the "
         "script, and do not run it from a folder that holds another copy of basicsr."

@@ -172,9 +172,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())
-    except (UserError, LookupError) as error:
-        if isinstance(error, LookupError) and type(error) is not LookupError:
-            raise  # a KeyError or IndexError is a fault of the program
+    except UserError as error:
         raise SystemExit(f"error: {error}") from error
     _leave_process_group()
 

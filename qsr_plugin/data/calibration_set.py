@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from pathlib import Path
+from typing import Any, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
+from qsr_plugin.data.resize import downscale
 from qsr_plugin.quant.calibrate import image_batches
 from qsr_plugin.quant.recipe import Calibration
 
@@ -52,6 +55,49 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def crops_from_folder(
+    folder: Union[str, Path], *, images: int, batch: int, scale: int = 1, side: int = 96, seed: int = 0
+) -> Iterator[Tensor]:
+    """Random crops of a folder's images in batches, as post-training methods calibrate on.
+
+    Files are read one at a time. Images smaller than a crop are used whole, in batches of their own.
+
+    Args:
+        folder: Images of any sizes.
+        images: How many files are drawn; all if there are fewer.
+        batch: Crops per batch.
+        scale: 1 for LR images; for HR photos the factor they are reduced by first.
+        side: Side of a crop in LR pixels.
+        seed: Seed of the draw of files and places.
+
+    Yields:
+        ``(N, 3, h, w)`` tensors, RGB in [0, 1].
+
+    Raises:
+        ValueError: For an empty folder or an unreadable image.
+    """
+    paths, rng = list_images(folder), random.Random(seed)
+    chosen = rng.sample(paths, min(images, len(paths)))
+    pending: list[Tensor] = []
+    for path in chosen:
+        image = read_rgb(path)
+        if scale > 1:
+            height, width = (length - length % scale for length in image.shape[:2])
+            image = downscale(to_uint8(image[:height, :width]), scale)
+        height, width = (min(side, length) for length in image.shape[:2])
+        top, left = rng.randint(0, image.shape[0] - height), rng.randint(0, image.shape[1] - width)
+        crop = to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width]))
+        if (height, width) != (side, side):
+            yield crop.unsqueeze(0)
+            continue
+        pending.append(crop)
+        if len(pending) == batch:
+            yield torch.stack(pending)
+            pending = []
+    if pending:
+        yield torch.stack(pending)
 
 
 def _limited(batches: Iterator[Tensor], images: int) -> Iterator[Tensor]:

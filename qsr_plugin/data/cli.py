@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qsr_plugin.data.build import BuildReport, build_lmdb_pair
 from qsr_plugin.data.check import Problem, check_options, check_pair
+from qsr_plugin.errors import UserError
 
 app = typer.Typer(help="Build and check training data.", no_args_is_help=True)
 _out, _err = Console(), Console(stderr=True)
@@ -83,11 +83,13 @@ def check(
 
 
 def _read_options(path: Path) -> dict[str, object]:
+    from qsr_plugin.options_file import load_options  # with torch behind it, which building needs not
+
     try:
-        options = yaml.safe_load(path.expanduser().read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        _fail(f"{path} cannot be read as YAML: {error}")
-    if not isinstance(options, dict) or not options.get("datasets"):
+        options = load_options(path.expanduser())
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    if not options.get("datasets"):
         _fail(f"{path} has no 'datasets' block; give a BasicSR option file.")
     return options
 

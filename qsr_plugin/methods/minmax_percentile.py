@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsr_plugin.quant.observers import Observer, Range, build_observer, omse, quantile
+from qsr_plugin.quant.observers import Observer, Range, build_observer, omse, quantiles
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 
@@ -124,7 +124,7 @@ class SymmetricQuantizer(_BoundedQuantizer):
         values = weight.detach().float()
         values = values.abs() if options.reference == "absolute" else values
         if options.observer == "percentile":
-            high = quantile(values, options.alpha)
+            (high,) = quantiles(values, options.alpha)
         else:
             high = weight.detach().float().abs().amax() if options.observer == "minmax" else values.amax()
         if options.observer == "omse":

@@ -21,15 +21,14 @@ def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str
         bad = (~torch.isfinite(batch)).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
             return f"{kind} image {', '.join(paths[i] if i < len(paths) else f'number {i}' for i in bad)}"
-    for name, parameter in net.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"parameter {name}"
     found: list[str] = []
 
     def look(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append(f"output of {name} ({type(module).__name__})")
+            if found or not isinstance(output, Tensor) or bool(torch.isfinite(output).all()):
+                return
+            own = [key for key, p in module.named_parameters(name) if not bool(torch.isfinite(p).all())]
+            found.append(f"parameter {own[0]}" if own else f"output of {name} ({type(module).__name__})")
 
         return hook
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,31 +25,32 @@ def minmax(x: Tensor) -> Range:
     return tuple(torch.aminmax(x.detach().float()))
 
 
-def quantile(x: Tensor, q: float) -> Tensor:
-    """Linearly interpolated quantile of all elements, exact for any number of them.
+def quantiles(x: Tensor, *qs: float) -> tuple[Tensor, ...]:
+    """Linearly interpolated quantiles of all elements, exact for any number of them.
 
-    ``torch.quantile`` refuses more than 2^24 elements; two order statistics and one interpolation do not.
+    ``torch.quantile`` refuses more than 2^24 elements; order statistics from one partial sort do not.
 
     Args:
         x: Float tensor of any shape with at least one element.
-        q: Quantile in [0, 1].
+        *qs: Quantiles in [0, 1].
 
     Returns:
-        0-d tensor.
+        One 0-d tensor per quantile.
     """
     flat = x.detach().float().flatten()
-    position = q * (flat.numel() - 1)
-    below = math.floor(position)
-    low = flat.kthvalue(below + 1).values
-    if below == position:
-        return low
-    high = flat.kthvalue(below + 2).values
-    return torch.lerp(low, high, position - below)
+    positions = [q * (flat.numel() - 1) for q in qs]
+    ranks = sorted({rank for position in positions for rank in (math.floor(position), math.ceil(position))})
+    if flat.device.type == "cpu":
+        ordered = torch.from_numpy(np.partition(flat.numpy(), ranks))  # NaN sorts last, and so shows at the top
+    else:
+        ordered = flat.sort().values
+    values = {rank: ordered[rank] for rank in ranks}
+    return tuple(torch.lerp(values[math.floor(p)], values[math.ceil(p)], p - math.floor(p)) for p in positions)
 
 
 def percentile(x: Tensor, alpha: float = 0.99) -> Range:
     """Quantiles ``1 - alpha`` and ``alpha`` of a tensor (Li et al., CVPR 2019)."""
-    return quantile(x, 1.0 - alpha), quantile(x, alpha)
+    return quantiles(x, 1.0 - alpha, alpha)
 
 
 def sample_max(x: Tensor) -> Range:

@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
             return
         low, high = found
         if bool(high <= low):
-            logger.warning("%s: all observed values are %g; its range is kept at a tiny positive width", self.site, low)
+            logger.warning("%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high)
         with torch.no_grad():
             self.set_range(low, high)
         self.mark_calibrated()

@@ -270,9 +270,10 @@ def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not plain YAML (no Python objects allowed): {error}") from None
+    data = data.get("recipe", data) if isinstance(data, Mapping) else data
     if not isinstance(data, Mapping):
         raise RecipeError(f"{path} holds {type(data).__name__}, expected a mapping with a 'recipe' block")
-    return dict(data.get("recipe", data))
+    return _read(data)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def super_resolve(net: nn.Module, lr: np.ndarray, name: str = "the image") -> np
             f"{name}: the network's output holds NaN or infinity. Its weights or ranges are broken: check the checkpoint, "
             "or calibrate again."
         )
-    return tensor2img(out, rgb2bgr=False)
+    return tensor2img(out.clamp(0, 1), rgb2bgr=False)  # a new tensor, because the host clips in place
 
 
 def psnr_ssim(sr: np.ndarray, hr: np.ndarray, scale: int) -> tuple[float, float]:

@@ -15,23 +15,26 @@ from qsr_plugin.report.evaluate import EvaluationResult
 
 
 def site_table(report: ComplexityReport) -> Table:
-    """One row per layer, with the totals below."""
+    """One row per layer, then what is stored beside them (norms, activations, ranges of blocks), and the totals.
+
+    ``W bits`` and ``A bits`` are those of weight and input; ``FAB`` says whether the place of the input counts there.
+    """
     table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_footer=True)
-    left = {"overflow": "fold"}
     right = {"justify": "right", "no_wrap": True}
-    table.add_column("Layer", "total", **left)
-    table.add_column("Kind", **left)
+    table.add_column("Layer", "total", overflow="fold", min_width=max(len(row.name) for row in report.sites))
     table.add_column("MACs", quantity(report.macs), **right)
-    table.add_column("Weight bits", **right)
-    table.add_column("Act. bits", **right)
+    table.add_column("W bits", **right)
+    table.add_column("A bits", **right)
     table.add_column("Parameters", f"{report.parameters:,}", **right)
     table.add_column("Size", size(report.storage_bits), **right)
-    table.add_column("In FAB", "", justify="center")
+    table.add_column("FAB", justify="center")
     for row in report.sites:
         bits = f"{row.weight_bits:.4g}", f"{row.act_bits:.4g}"
-        style = None if row.quantized else "dim"
         numbers = quantity(row.macs), *bits, f"{row.parameters:,}", size(row.storage_bits)
-        table.add_row(row.name, row.kind, *numbers, "yes" if row.in_fab else "", style=style)
+        table.add_row(row.name, *numbers, "yes" if row.in_fab else "", style=None if row.quantized else "dim")
+    parameters = report.parameters - sum(row.parameters for row in report.sites)
+    bits = report.storage_bits - sum(row.storage_bits for row in report.sites)
+    table.add_row("(other)", "", "", "", f"{parameters:,}", size(bits), "", style="dim", end_section=True)
     return table
 
 

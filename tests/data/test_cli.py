@@ -63,7 +63,7 @@ def test_check_says_what_it_needs(run: Callable[..., Result], tmp_path: Path) ->
     for arguments in ((), ("--gt", "a"), ("-opt", path, "--gt", "a", "--lq", "b"), ("-opt", path, "--lq", "b")):
         result = run("check", *arguments)
         assert result.exit_code == 1 and "give either -opt FILE, or both --gt and --lq" in result.output
-    assert "cannot be read" in run("check", "-opt", path).output
+    assert "does not exist" in run("check", "-opt", path).output
     path.write_text("name: x")
     assert "no 'datasets' block" in run("check", "-opt", path).output
     path.write_text("x: !!python/object/apply:os.getcwd []")

@@ -1,0 +1,185 @@
+"""Numbers that break naive quantizers: dead features, runaway ranges, NaN, flat images, rounding ties."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.quant.builders import NAMES, bounds, build, data
+from torch import Tensor
+
+from qsr_plugin.archs.roles import list_backbones
+from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer
+from qsr_plugin.methods.pams import PAMSQuantizer
+from qsr_plugin.models.finite import first_non_finite
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.recipe import list_methods, load_recipe
+from qsr_plugin.quant.surgery import quantize_model, quantizers
+
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+# -- ranges of no width -----------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_constant_data_give_a_finite_quantizer_that_can_learn(
+    name: str, value: float, bits: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    q = build(name, bits)
+    q.site = "body.3.conv1.input"
+    constant = torch.full((2, 4, 5, 5), value)
+    q.begin_calibration()
+    with caplog.at_level(logging.WARNING, "qsr_plugin"):
+        q.observe(constant)
+        q.end_calibration()
+    collapsed = [record for record in caplog.records if record.message.startswith("body.3.conv1.input: all observed")]
+    one_sided = q.needs_calibration and (value == 0 or isinstance(q, AsymmetricQuantizer))
+    assert len(collapsed) == int(one_sided)
+    for x in (constant, data(), constant + 1e-3):
+        x = x.clone().requires_grad_()
+        y = q(x)
+        y.sum().backward()
+        assert finite(y, x.grad, *(p.grad for p in q.range_parameters()))
+    assert torch.allclose(q(constant), constant, atol=max(1e-5, abs(value) * 1e-4))
+
+
+@pytest.mark.parametrize("backbone", list_backbones())
+@pytest.mark.parametrize("method", list_methods())
+def test_a_network_with_dead_features_stays_finite(tiny_net, images, method, backbone, caplog) -> None:
+    net = tiny_net(backbone)
+    with torch.no_grad():  # the first block's first activation is zero everywhere
+        net.body[0].conv1.weight.zero_()
+        net.body[0].conv1.bias.zero_()
+    quantize_model(net, load_recipe(method, weight_bits=4, act_bits=4))
+    with caplog.at_level(logging.WARNING, "qsr_plugin"):
+        calibrate(net, images)
+    assert "body.0.conv2.input: all observed values are 0" in caplog.text
+    out = net(images[0])
+    out.sum().backward()
+    assert finite(out, *(p.grad for p in net.parameters()))
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_flat_images_of_any_size_are_super_resolved(tiny_net, images, method: str, value: float) -> None:
+    net = calibrate(quantize_model(tiny_net(), load_recipe(method, weight_bits=4, act_bits=4)), images)
+    for size in ((1, 1), (1, 9), (5, 3)):
+        with torch.no_grad():
+            out = net(torch.full((1, 3, *size), value))
+        assert out.shape[2:] == (2 * size[0], 2 * size[1]) and finite(out)
+    calibrate(net, [torch.full((1, 3, 8, 8), value)])
+    assert finite(net(images[0]))
+
+
+# -- learned ranges ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.sampled_from([name for name in NAMES if build(name).range_parameters()]),
+    bits=st.sampled_from([2, 4, 8]),
+    rate=st.floats(1e-3, 1e5),
+    signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=1, max_size=5),
+    adam=st.booleans(),
+)
+def test_no_learning_rate_turns_a_range_over(name: str, bits: int, rate: float, signs: list[float], adam: bool) -> None:
+    q = build(name, bits)
+    optimiser = (torch.optim.Adam if adam else torch.optim.SGD)(q.range_parameters(), lr=rate)
+    for step, sign in enumerate(signs):
+        optimiser.zero_grad()
+        (sign * q(data(seed=step)).square().sum()).backward()
+        optimiser.step()
+        q.project()
+        x = data(seed=step)
+        low, high, width = bounds(q, x)
+        assert low < high and width > 0 and finite(q(x), *q.range_parameters())
+        ordered = q(torch.linspace(-4, 4, 64))
+        assert (ordered.diff() >= 0).all(), "larger values never become smaller ones"
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_training_with_an_absurd_learning_rate_keeps_all_ranges_legal(tiny_net, images, method: str) -> None:
+    net = calibrate(quantize_model(tiny_net(), load_recipe(method, weight_bits=2, act_bits=2)), images)
+    ranges = [p for _, q in quantizers(net) for p in q.range_parameters()]
+    optimiser = torch.optim.Adam(ranges, lr=100.0)
+    for batch in images:
+        optimiser.zero_grad()
+        net(batch).mean().backward()
+        optimiser.step()
+        for _, q in quantizers(net):
+            q.project()
+        assert finite(net(batch))
+
+
+# -- NaN and infinity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_stops_calibration_with_its_number(tiny_net, images, bad: float) -> None:
+    net = quantize_model(tiny_net(), "percentile")
+    images[1][0, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match="calibration batch 1 holds NaN or infinity"):
+        calibrate(net, images)
+
+
+def test_features_that_overflow_stop_calibration_with_their_place(tiny_net, images) -> None:
+    net = quantize_model(tiny_net(), "percentile")
+    with torch.no_grad():
+        net.body[1].conv1.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"body\.1\.conv2\.input: observed a non-finite value"):
+        calibrate(net, images)
+
+
+@every
+def test_nan_is_not_hidden_by_a_quantizer(name: str) -> None:
+    x = data()
+    x[1, 2, 3, 3] = float("nan")
+    assert bool(torch.isnan(build(name)(x)).any())
+
+
+def test_the_first_bad_place_of_a_training_step_is_named(tiny_net, images) -> None:
+    net, gt = calibrate(quantize_model(tiny_net(), "pams"), images), torch.zeros(2, 3, 16, 16)
+    assert "the loss itself" in first_non_finite(net, images[0], gt, [])
+    with torch.no_grad():
+        net.conv_after_body.weight.fill_(3e38)
+    assert "output of conv_after_body" in first_non_finite(net, images[0], gt, [])
+    with torch.no_grad():
+        net.body[0].conv2.bias[0] = float("nan")
+    assert first_non_finite(net, images[0], gt, []) == "parameter body.0.conv2.bias"
+    bad = images[0].clone()
+    bad[1, 0, 0, 0] = float("nan")
+    assert first_non_finite(net, bad, gt, ["a.png", "b.png"]) == "LQ image b.png"
+    assert first_non_finite(net, images[0], gt / 0, ["a.png"]) == "GT image a.png, number 1"
+
+
+# -- rounding ---------------------------------------------------------------------------------------------------------------
+
+
+def test_half_way_values_go_to_the_even_code() -> None:
+    signed = PAMSQuantizer(PAMSQuantizer.Options(), (4,), "act", 1)
+    unsigned = AsymmetricQuantizer(AsymmetricQuantizer.Options(), (4,), "act", 1)
+    with torch.no_grad():
+        signed.set_range(torch.tensor(-7.0), torch.tensor(7.0))
+        unsigned.set_range(torch.tensor(0.0), torch.tensor(15.0))
+    signed.mark_calibrated(), unsigned.mark_calibrated()
+    halves = torch.arange(0.5, 7)
+    assert signed(halves).tolist() == unsigned(halves).tolist() == [0.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0]
+    assert signed(-halves).tolist() == [0.0, -2.0, -2.0, -4.0, -4.0, -6.0, -6.0]
+
+
+def test_a_narrow_range_far_from_zero_keeps_its_order() -> None:
+    x = torch.linspace(0, 1, 50) + 1000.0
+    q = AsymmetricQuantizer(AsymmetricQuantizer.Options(), (8,), "act", 1)
+    q.begin_calibration()
+    q.observe(x)
+    q.end_calibration()
+    assert (q(x).diff() >= 0).all() and (q(x) - x).abs().max() < 1 / 255

@@ -1,0 +1,162 @@
+"""Recipes: what is read, merged and refused, with the exact place in the message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from qsr_plugin.quant.recipe import Recipe, RecipeError, list_methods, load_recipe, recipe_folder
+
+RULE = {"role": "block.conv", "port": "input"}
+
+
+def refused(change: dict, **overrides: object) -> str:
+    with pytest.raises(RecipeError) as error:
+        load_recipe({"base": "pams", **change}, **overrides)
+    return str(error.value)
+
+
+def test_methods_are_the_shipped_files() -> None:
+    files = {path.stem for path in (Path(__file__).parents[2] / "options" / "recipes").glob("*.yml")}
+    assert set(list_methods()) == files >= {"pams", "minmax", "percentile", "omse"}
+    assert recipe_folder().is_dir()
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_shipped_recipes_are_read_and_survive_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.method == name
+    assert load_recipe(recipe.to_dict()) == recipe == load_recipe(recipe)
+    raw = yaml.safe_load((recipe_folder() / f"{name}.yml").read_text("utf-8"))
+    assert set(raw) == {"recipe"} and set(raw["recipe"]) <= set(Recipe.model_fields)
+
+
+def test_a_recipe_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe("pams").placement = "other"
+
+
+def test_overrides_merge_mappings_and_replace_lists() -> None:
+    recipe = load_recipe("pams", weight_bits=8, act_bits=6, calibration={"images": 3}, stages=[{"train": ["ranges"]}])
+    assert (recipe.bits.weight, recipe.bits.act) == (8, 6)
+    assert (recipe.calibration.images, recipe.calibration.batch) == (3, 16)
+    assert [stage.train for stage in recipe.stages] == [("ranges",)]
+    mapping = load_recipe({"base": "pams", "bits": {"act": 8}}, weight_bits=2)
+    assert (mapping.bits.weight, mapping.bits.act) == (2, 8)
+    spec = load_recipe("minmax", quantizers={"act": {"type": "asymmetric", "observer": "percentile", "alpha": 0.995}})
+    assert spec.quantizers.act.extras() == {"observer": "percentile", "alpha": 0.995}
+    assert load_recipe("pams", bits={"weight": 3}, act_bits=2).bits.model_dump() == {"weight": 3, "act": 2}
+
+
+def test_files_with_and_without_the_block_and_with_a_base(tmp_path: Path) -> None:
+    bare, block = tmp_path / "bare.yml", tmp_path / "block.yaml"
+    bare.write_text("base: pams\nbits: {weight: 8, act: 8}\n", "utf-8")
+    block.write_text("recipe: {base: pams, placement: shortcut_only}\n", "utf-8")
+    assert load_recipe(bare).bits.weight == 8
+    assert load_recipe(str(block)).placement == "shortcut_only"
+
+
+@pytest.mark.parametrize("bits", [1, 0, -4, 17, 31, 33, 4.5, 4.0, "4", "four", True, [4], [8, 4], [4, 4, 8], [4, 32], []])
+@pytest.mark.parametrize("which", ["act", "weight"])
+def test_impossible_bit_widths(bits: object, which: str) -> None:
+    message = refused({"bits": {which: bits}})
+    assert message.startswith(f"recipe.bits.{which}: ")
+    assert ("2 to 16, or 32" in message) or ("ascending widths below 32" in message)
+
+
+@pytest.mark.parametrize("bits", [2, 16, 32])
+def test_possible_bit_widths(bits: int) -> None:
+    assert load_recipe("pams", weight_bits=bits, act_bits=bits).bits.act == bits
+
+
+def test_bits_of_a_rule_are_checked_too() -> None:
+    message = refused({"placements": {"quantized_input": [{**RULE, "bits": 1}]}})
+    assert "recipe.placements.quantized_input[0]: the rule's bits is 1; allowed are whole numbers 2 to 16" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": [{"iters": 5}, {"lr": {"range": 0.1}}]}, "recipe.stages[1].lr.range: unknown key. Did you mean 'ranges'?"),
+        ({"stagess": []}, "recipe.stagess: unknown key. Did you mean 'stages'?"),
+        ({"bits": {"weights": 4}}, "recipe.bits.weights: unknown key. Did you mean 'weight'?"),
+        ({"calibration": {"image": 4}}, "recipe.calibration.image: unknown key. Did you mean 'images'?"),
+        (
+            {"placements": {"quantized_input": [{**RULE, "prot": "x"}]}},
+            "recipe.placements.quantized_input[0].prot: unknown key. Did you mean 'port'?",
+        ),
+        (
+            {"quantizers": {"act": {"type": "pams", "flor": 0.1}}},
+            "recipe.quantizers.act.flor: unknown key. Did you mean 'floor'? Allowed: floor, momentum.",
+        ),
+        (
+            {"placements": {"quantized_input": [{**RULE, "quantizer": {"type": "pams", "flor": 0.1}}]}},
+            "recipe.placements.quantized_input[0].quantizer.flor: unknown key. Did you mean 'floor'?",
+        ),
+        ({"quantizers": {"act": {"type": "pams", "floor": -1}}}, "recipe.quantizers.act.floor: Input should be greater"),
+        ({"quantizers": {"act": "pasm"}}, "recipe.quantizers.act: unknown quantizer 'pasm'. Did you mean 'pams'?"),
+        ({"policy": "fixxed"}, "recipe.policy: unknown bit policy 'fixxed'. Did you mean 'fixed'?"),
+        ({"placement": "body"}, "recipe: unknown placement 'body'. "),
+        ({"stages": [{"train": ["wieghts"]}]}, "recipe.stages[0].train[0]: Input should be 'weights'"),
+        ({"stages": [{"train": ["weights"]}, {}]}, "every stage but the last needs 'iters'"),
+        ({"stages": []}, "every stage but the last needs 'iters'"),
+        ({"stages": [{"iters": 0}]}, "recipe.stages[0].iters: Input should be greater than or equal to 1"),
+        ({"stages": [{"track_ranges": 1.0}]}, "recipe.stages[0].track_ranges: Input should be less than 1"),
+        ({"stages": [{"lr": {"ranges": -1}}]}, "recipe.stages[0].lr.ranges: Input should be greater than 0"),
+        ({"bits": 4}, "recipe.bits: Input should be"),
+        ({"quantizers": None}, "recipe.quantizers: Input should be"),
+        ({"placements": {"quantized_input": [{"port": "input"}]}}, "needs exactly one of 'role' and 'match'"),
+        ({"placements": {"quantized_input": [{**RULE, "match": "x"}]}}, "needs exactly one of 'role' and 'match'"),
+        (
+            {"placements": {"quantized_input": [{**RULE, "keep_float": True, "bits": 8}]}},
+            "keep_float takes neither 'quantizer' nor 'bits'",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_their_path(change: dict, message: str) -> None:
+    assert message in refused(change)
+
+
+def test_missing_keys_are_listed_all_at_once() -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe({"bits": {"weight": 4}})
+    assert str(error.value).splitlines() == [
+        f"recipe.{key}: required, but not given" for key in ("method", "placement", "placements", "quantizers")
+    ]
+
+
+def test_names_and_files_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown recipe 'pasm'. Did you mean 'pams'"):
+        load_recipe("pasm")
+    with pytest.raises(RecipeError, match=r"recipe file '.*none.yml' does not exist; .*pams"):
+        load_recipe(tmp_path / "none.yml")
+    with pytest.raises(RecipeError, match="unknown recipe 'nope'"):
+        load_recipe({"base": "nope"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n- 2\n", "holds list, expected a mapping"),
+        ("", "holds NoneType, expected a mapping"),
+        ("recipe:\n", "holds NoneType, expected a mapping"),
+        ("recipe: pams\n", "holds str, expected a mapping"),
+        ("recipe: {a: b\n", "not plain YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_python_objects_in_yaml_are_not_built(tmp_path: Path) -> None:
+    path, sentinel = tmp_path / "evil.yml", tmp_path / "sentinel"
+    path.write_text(f"recipe: !!python/object/apply:os.mkdir ['{sentinel}']\n", "utf-8")
+    with pytest.raises(RecipeError, match="no Python objects allowed"):
+        load_recipe(path)
+    assert not sentinel.exists()

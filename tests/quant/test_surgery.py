@@ -1,0 +1,154 @@
+"""Surgery: which places rules choose, what stays untouched, and networks that describe themselves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from qsr_plugin.archs.roles import list_backbones
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.recipe import RecipeError, list_methods, load_recipe
+from qsr_plugin.quant.surgery import find_places, plugin_keys, quantize_model, quantizers, roles_of, sites, tap
+
+
+def placed(net: nn.Module, *rules: dict, bits: dict | None = None) -> dict[str, int]:
+    """Places chosen by rules, with their bits."""
+    return {f"{p.name}:{p.port}": p.bits for p in find_places(net, recipe(*rules, bits=bits))}
+
+
+def recipe(*rules: dict, bits: dict | None = None):
+    return load_recipe({"base": "pams", "placement": "mine", "placements": {"mine": list(rules)}, "bits": bits or {}})
+
+
+def test_placement_of_pams_on_edsr(tiny_net) -> None:
+    got = [f"{place.name}.{place.port}" for place in find_places(tiny_net(num_block=1), load_recipe("pams"))]
+    want = ["body.0.input", "body.0.conv1.weight", "body.0.conv2.weight", "body.0.conv2.input", "body.0.conv2.output"]
+    assert sorted(got) == sorted(want)
+
+
+def test_wildcards_stay_within_a_part_or_span_parts(tiny_net) -> None:
+    net = tiny_net()
+    one = placed(net, {"match": "body.?.conv*", "port": "input"})
+    assert set(one) == {f"body.{b}.conv{c}:input" for b in (0, 1) for c in (1, 2)}
+    assert placed(net, {"match": "**conv?", "port": "input"}).keys() == one.keys()
+    with pytest.raises(RecipeError, match=r"'\*conv1' matches no module"):
+        placed(net, {"match": "*conv1", "port": "input"})
+    dots = nn.ModuleDict({"axb": nn.Conv2d(3, 3, 1)})
+    with pytest.raises(RecipeError, match="matches no module"):
+        placed(dots, {"match": "a.b", "port": "input"})
+
+
+def test_a_rule_may_ask_for_a_type_of_module(tiny_net) -> None:
+    net = tiny_net()
+    got = placed(net, {"match": "upsample.*", "type": "Conv2d", "port": "weight"})
+    assert got == {"upsample.0:weight": 4}
+    with pytest.raises(RecipeError, match="of type Linear matches no module of EDSR"):
+        placed(net, {"match": "upsample.*", "type": "Linear", "port": "weight"})
+
+
+def test_later_rules_win_and_that_is_logged(tiny_net, caplog: pytest.LogCaptureFixture) -> None:
+    rules = [{"match": "body.*.conv1", "port": "input"}, {"match": "body.1.conv1", "port": "input", "bits": 8}]
+    with caplog.at_level(logging.INFO, "qsr_plugin"):
+        assert placed(tiny_net(), *rules) == {"body.0.conv1:input": 4, "body.1.conv1:input": 8}
+    assert "body.1.conv1.input: rule 1 takes the place of rule 0" in caplog.text
+
+
+def test_keep_float_removes_one_port_or_all_ports(tiny_net) -> None:
+    both = [{"match": "body.*.conv1", "port": "input"}, {"match": "body.*.conv1", "port": "weight"}]
+    shortcut = {"match": "body.*", "port": "shortcut"}
+    one = placed(tiny_net(), *both, {"match": "body.0.conv1", "port": "input", "keep_float": True})
+    assert set(one) == {"body.0.conv1:weight", "body.1.conv1:input", "body.1.conv1:weight"}
+    assert set(placed(tiny_net(), *both, {"match": "body.0.conv1", "keep_float": True})) == {
+        "body.1.conv1:input", "body.1.conv1:weight"
+    }  # fmt: skip
+    assert set(placed(tiny_net(), shortcut, {"match": "body.0", "keep_float": True})) == {"body.1:shortcut"}
+    back = placed(tiny_net(), *both, {"match": "body.*.conv1", "keep_float": True}, both[0])
+    assert set(back) == {"body.0.conv1:input", "body.1.conv1:input"}
+
+
+def test_bits_of_32_leave_a_place_float(tiny_net) -> None:
+    rules = [{"match": "body.*.conv1", "port": "input"}, {"match": "body.0.conv1", "port": "input", "bits": 32}]
+    assert set(placed(tiny_net(), *rules)) == {"body.1.conv1:input"}
+    weights = [{"match": "conv_last", "port": "weight"}, {"match": "conv_last", "port": "input"}]
+    assert set(placed(tiny_net(), *weights, bits={"weight": 4, "act": 32})) == {"conv_last:weight"}
+
+
+def test_places_with_bits_of_their_own_do_not_count_in_fab(tiny_net) -> None:
+    net = quantize_model(tiny_net(), load_recipe("minmax", placement="full", weight_bits=4, act_bits=4))
+    counted = {place for place, q in quantizers(net) if q.counts_in_fab}
+    convs = {f"body.{b}.conv{c}.input" for b in (0, 1) for c in (1, 2)}
+    assert counted == convs | {"conv_after_body.input"}
+    assert {q.candidates for place, q in quantizers(net) if not q.counts_in_fab and q.role == "act"} == {(8,)}
+
+
+@pytest.mark.parametrize("backbone", list_backbones())
+@pytest.mark.parametrize("method", list_methods())
+def test_float_keys_stay_and_plugin_keys_are_the_rest(tiny_net, method: str, backbone: str) -> None:
+    net = tiny_net(backbone)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    names = [name for name, _ in net.named_parameters()]
+    quantize_model(net, method)
+    after = net.state_dict()
+    assert set(after) - set(before) == plugin_keys(net) and plugin_keys(net)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert [name for name, _ in net.named_parameters() if name not in plugin_keys(net)] == names
+
+
+def test_quantizers_follow_the_network_to_its_device_and_precision(tiny_net) -> None:
+    net = quantize_model(tiny_net().to("meta"), load_recipe("pams", placement="shortcut_only"))
+    assert {value.device.type for value in net.state_dict().values()} == {"meta"}
+
+
+def test_deepcopy_gives_an_independent_network(tiny_net, images) -> None:
+    net = calibrate(quantize_model(tiny_net(), "pams"), images)
+    twin, want = copy.deepcopy(net), net(images[0])
+    assert torch.equal(twin(images[0]), want)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(net(images[0]), want) and not torch.equal(twin(images[0]), want)
+    ours = {id(module) for module in net.modules()}
+    assert not ours & {id(module) for module in twin.modules()}
+
+
+def test_sites_and_quantizers_are_listed_with_their_names(tiny_net) -> None:
+    net = quantize_model(tiny_net(num_block=1), "minmax")
+    assert [name for name, _ in sites(net)] == ["body.0.conv1", "body.0.conv2"]
+    assert [place for place, _ in quantizers(net)] == [
+        "body.0.conv1.input", "body.0.conv1.weight", "body.0.conv2.input", "body.0.conv2.weight"
+    ]  # fmt: skip
+
+
+def test_roles_are_found_for_subclasses_of_a_backbone(tiny_net) -> None:
+    net = tiny_net()
+
+    class Mine(type(net)):
+        """A user's own variant."""
+
+    net.__class__ = Mine
+    assert roles_of(net)["head"] == ("conv_first",)
+    assert list(quantizers(quantize_model(net, "pams")))
+    assert roles_of(nn.Sequential()) == {}
+
+
+@pytest.mark.parametrize("backbone", list_backbones())
+def test_features_can_be_tapped_by_role_on_float_and_quantized_networks(tiny_net, images, backbone: str) -> None:
+    plain = tap(tiny_net(backbone), "features", "f")
+    want = tiny_net(backbone)(images[0])
+    assert torch.equal(plain(images[0]), want)
+    seen = plain.last_record().taps["f"]
+    assert seen.shape[:2] == (2, 8)
+    net = tap(calibrate(quantize_model(tiny_net(backbone), load_recipe("pams", weight_bits=32, act_bits=32)), images), "features", "f")
+    net(images[0])
+    assert torch.equal(net.last_record().taps["f"], seen)
+
+
+def test_a_tap_that_does_not_exist_suggests_one(tiny_net) -> None:
+    with pytest.raises(RecipeError, match="cannot tap 'featurs' of EDSR.*Did you mean 'features'"):
+        tap(tiny_net(), "featurs", "f")
+    with pytest.raises(RecipeError, match="cannot tap 'conv_last:weight'"):
+        tap(tiny_net(), "conv_last:weight", "f")
