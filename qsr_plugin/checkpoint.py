@@ -138,12 +138,13 @@ def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds for damaged files
-        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+        if "Weights only load failed" in str(error) and "Unsupported operand" not in str(error):
             raise CheckpointError(
                 f"{path} holds Python objects, not only tensors, and was not opened: they could run code. In the "
                 "program that made it, save net.state_dict() instead of the network itself."
             ) from None
-        raise CheckpointError(f"{path} is damaged or cut short ({type(error).__name__}): get or save it again") from None
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} is no PyTorch file, or damaged or cut short ({kind}): get or save it again") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; {_SUFFIX_HELP}")
     return dict(content), {}
@@ -157,6 +158,8 @@ def _foreign_kind(path: Path) -> str:
         return "empty (zero bytes)"
     if head.lstrip()[:1] == b"<":
         return "an HTML or XML page (a failed download?)"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (run 'git lfs pull')"
     if path.suffix == ".onnx":
         return "an ONNX model"
     if zipfile.is_zipfile(path):
@@ -211,8 +214,9 @@ def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "pa
     expected = {key: value for key, value in own.items() if key not in plugin_keys(net)}
     problems = key_differences(expected, state)
     if problems:
+        kind = getattr(net, "float_class", type(net))
         raise CheckpointError(
-            f"{path} does not fit {type(net).__name__} ({len(problems)} of {len(expected)} keys differ); nothing was "
+            f"{path} does not fit {kind.__name__} ({len(problems)} of {len(expected)} keys differ); nothing was "
             "loaded. Check backbone type, sizes and scale. First differences:\n  " + "\n  ".join(problems[:8])
         )
     net.load_state_dict({**own, **state})

@@ -76,7 +76,7 @@ class PAMSQuantizer(Quantizer):
         super().__init__(options, candidates, role, channel_axis)
         shape = () if len(candidates) == 1 else (len(candidates),)
         self.alpha = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("alpha_floor", torch.zeros(()))
+        self.register_buffer("observed_max", torch.zeros(()))
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize an activation (N, ...)."""
@@ -90,7 +90,7 @@ class PAMSQuantizer(Quantizer):
             latest = mean_over_ranks(x.detach().float().abs().flatten(1).amax(1).mean())
             # A range that was never set has no past; the weight is a tensor so that no device has to be asked.
             past = momentum * self.calibrated.float()
-            self.set_range(-latest, past * self.alpha.max() + (1.0 - past) * latest)
+            self.set_range(-latest, past * self.observed_max + (1.0 - past) * latest)
             self.mark_calibrated()
         alpha, bits = self._select(self.candidates[0] if len(self.candidates) == 1 else max(self.candidates), x)
         limits = int_limits(bits, narrow=True)
@@ -114,12 +114,12 @@ class PAMSQuantizer(Quantizer):
         """Take ``high`` as alpha of every candidate."""
         high = high.clamp_min(TINY_RANGE)
         self.alpha.copy_(high.expand_as(self.alpha))
-        self.alpha_floor.copy_((high * self.options.floor).clamp_min(TINY_RANGE))
+        self.observed_max.copy_(high)
 
     def project(self) -> None:
         """Keep alpha at or above its floor."""
         with torch.no_grad():
-            self.alpha.clamp_(min=self.alpha_floor)
+            self.alpha.clamp_(min=(self.observed_max * self.options.floor).clamp_min(TINY_RANGE))
 
     def qparams(self, bits: int | None = None) -> QParams:
         """Grid at one bit width."""

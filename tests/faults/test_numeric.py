@@ -96,7 +96,7 @@ def test_no_learning_rate_turns_a_range_over(name: str, bits: int, rate: float, 
     optimiser = (torch.optim.Adam if adam else torch.optim.SGD)(q.range_parameters(), lr=rate)
     for step, sign in enumerate(signs):
         optimiser.zero_grad()
-        (sign * q(data(seed=step)).square().sum()).backward()
+        (sign * q(data(seed=step)).sum()).backward()
         optimiser.step()
         q.project()
         x = data(seed=step)

@@ -113,19 +113,19 @@ def test_calibration_joins_batches_of_the_mean_sample_maximum() -> None:
     q.observe(BATCH * 2)
     q.end_calibration()
     assert q.alpha.item() == pytest.approx(0.9 * 2 + 0.1 * 4)
-    assert q.alpha_floor.item() == pytest.approx(1e-4 * q.alpha.item())
+    assert q.observed_max.item() == pytest.approx(q.alpha.item())
 
 
 def test_alpha_keeps_its_shape_and_never_falls_below_its_floor() -> None:
     q = pams(4, 2.0)
-    assert q.alpha.shape == q.alpha_floor.shape == ()
+    assert q.alpha.shape == q.observed_max.shape == ()
     optimiser = torch.optim.Adam(q.range_parameters(), lr=1000.0)
     for _ in range(3):
         optimiser.zero_grad()
         q(BATCH).sum().mul(-1 if q.alpha > 1 else 1).backward()
         optimiser.step()
         q.project()
-        assert q.alpha >= q.alpha_floor and bool(torch.isfinite(q(BATCH)).all())
+        assert q.alpha >= 0.99e-4 * q.observed_max and bool(torch.isfinite(q(BATCH)).all())
 
 
 def test_after_a_relu_half_of_the_codes_stay_unused() -> None:
