@@ -17,6 +17,7 @@ from torch import nn
 from qsr_plugin import compat
 
 compat.prepare()
+torch.set_num_threads(1)  # tensors of tests are too small for threads to pay
 
 # Property tests try the same examples in every run and write nothing beside the repository's files.
 settings.register_profile("suite", derandomize=True, database=None, deadline=None)

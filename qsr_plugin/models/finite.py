@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qsr_plugin.quant.quantizer import Quantizer
+
 
 def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str]) -> str:
     """Name the first thing with a NaN or an infinity: an input file, a parameter or a module's output.
@@ -32,7 +34,9 @@ def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in net.named_modules() if name]
+    # A quantizer passes on what its layer got or made; the layer itself is the place to name.
+    places = [(name, m) for name, m in net.named_modules() if name and not isinstance(m, Quantizer)]
+    handles = [module.register_forward_hook(look(name)) for name, module in places]
     try:
         with torch.no_grad():
             net(lq)

@@ -22,6 +22,7 @@ from torch import nn
 from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.data.calibration_set import calibration_batches
+from qsr_plugin.data.patches import run_in_patches
 from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.models.finite import first_non_finite
 from qsr_plugin.options_file import OptionsError
@@ -39,6 +40,7 @@ class QuantSRModel(SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
     Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
+    ``val.patches`` (``{size, overlap}``: validate patch by patch),
     ``calibration_folder`` (of LR images; the training set if not given) and the recipe in ``network_g``.
     """
 
@@ -241,9 +243,14 @@ class QuantSRModel(SRModel):
             super().validation(dataloader, current_iter, tb_logger, save_img)
 
     def test(self) -> None:
-        """Super-resolve the current image and note its average bits."""
-        super().test()
+        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its average bits."""
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
+        training = net.training
+        net.eval()
+        with torch.no_grad():
+            patches = self.opt["val"].get("patches")
+            self.output = run_in_patches(net, self.lq, self.opt["scale"], **patches) if patches else net(self.lq)
+        net.train(training)
         self._bits.append(feature_average_bits(net, net.last_record()))
 
     def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:

@@ -146,7 +146,7 @@ class _FakeQuantize(torch.autograd.Function):
         if anchor is not None:
             y.add_(anchor)
         # The rounding error is kept, not the result: whoever gets the result may change it in place.
-        error = torch.sub(y, wide) if any(ctx.needs_input_grad[1:5]) else None
+        error = torch.sub(y, wide) if any(ctx.needs_input_grad[1:3]) else None
         kept = wide if upper is not None else None
         ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
         ctx.ties, ctx.wide = ties, wide.dtype
@@ -157,7 +157,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
         wide = grad.to(ctx.wide)
-        inside, spare = (wide, None) if upper is None else _inside_weight(x, lower, upper, ctx.ties)
+        inside, below = (wide, None) if upper is None else _inside_weight(x, lower, upper, ctx.ties)
         if upper is not None:
             inside.mul_(wide)
         grad_span = grad_steps = grad_lower = grad_upper = None
@@ -166,12 +166,12 @@ class _FakeQuantize(torch.autograd.Function):
         if need_steps:
             grad_steps = -_reduce(inside, error, steps) / steps
         if need_lower or need_upper:
-            # Outside, x + error lies on one of the bounds: total and first moment tell how much is on each.
-            outside = torch.sub(wide, inside, out=spare)
-            total = outside.sum_to_size(upper.shape)
-            moment = _reduce(outside, x, upper) + _reduce(outside, error, upper)
-            sided = (moment - (lower + upper) * 0.5 * total) / ((upper - lower) * 0.5)
-            grad_upper, grad_lower = (total + sided) * 0.5, (total - sided) * 0.5
+            # Signs, not values, tell the sides: a dead range may be 1e-12 wide and its data a billion times larger.
+            outside = wide - inside
+            if ctx.ties != "inside":
+                below.sub_(0.5).sign_()  # what lies on the upper bound belongs to it
+            total, sided = outside.sum_to_size(upper.shape), _reduce(outside, below, upper)
+            grad_upper, grad_lower = (total - sided) * 0.5, (total + sided) * 0.5
         grad_x = inside.to(grad.dtype) if need_x else None
         return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None
 
@@ -182,12 +182,12 @@ def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:
 
 
 def _inside_weight(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor, Tensor]:
-    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound; and a tensor like ``x`` that may be overwritten."""
-    weight, spare = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
-    weight.add_(spare)  # 2 inside, 1 on a bound, 0 outside
+    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound; and the sign of ``upper - x``."""
+    weight, below = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
+    weight.add_(below)  # 2 inside, 1 on a bound, 0 outside
     if ties == "split":
-        return weight.mul_(0.5), spare
-    return (weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)), spare
+        return weight.mul_(0.5), below
+    return (weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)), below
 
 
 def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:

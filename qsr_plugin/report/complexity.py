@@ -1,8 +1,8 @@
 """What a network costs: multiply-accumulates, bit operations, average bits of activations, and size when stored.
 
 Everything is counted on a copy without data (PyTorch's meta device), so no image is computed and the network stays as
-it is. Multiply-accumulates (MACs) are those of convolutions, linear layers and matrix products, whether they are modules
-or plain expressions; batch norm, activation functions, quantizers and bit policies are not counted.
+it is. Multiply-accumulates (MACs) are those of convolutions, linear layers and matrix products, as modules or as
+plain expressions; batch norm, activation functions, quantizers and bit policies are not counted.
 
 A layer's input counts as quantized only if the very tensor that arrives is what an activation quantizer returned, not
 changed since: a branch that reads the raw tensor beside a quantized identity path is a 32-bit layer. A tensor that was
@@ -54,7 +54,7 @@ class Convention:
 CONVENTIONS = {
     "macs-bits": Convention("MACs x weight bits x activation bits, all layers, float ones as 32 x 32", 1.0, True),
     # Hong et al., ECCV 2022: scaled so that a 32-bit network has as many BitOPs as FLOPs.
-    "cadyq": Convention("2 x MACs x (weight bits / 32) x (activation bits / 32), quantized layers only", 2 / 1024, False),
+    "cadyq": Convention("2 x MACs x weight bits / 32 x activation bits / 32, quantized layers only", 2 / 1024, False),
 }
 
 
@@ -155,7 +155,7 @@ def complexity(
             fed[place] += use.macs
         rows.append(_site_cost(name, modules[name], use, bits, counted))
     rule, quantized = CONVENTIONS[convention], [row for row in rows if row.quantized]
-    recipe = getattr(net, "recipe", None)
+    recipe, added = getattr(net, "recipe", None), plugin_keys(net)
     return ComplexityReport(
         network=getattr(net, "float_class", type(net)).__name__,
         method="float" if recipe is None else _method(recipe.method, recipe.bits.weight, recipe.bits.act),
@@ -166,14 +166,14 @@ def complexity(
         bitops=rule.factor * _bit_operations(rows if rule.float_layers else quantized),
         bitops_quantized=rule.factor * _bit_operations(quantized),
         macs=sum(row.macs for row in rows),
-        parameters=sum(p.numel() for key, p in net.named_parameters() if key not in plugin_keys(net)),
+        parameters=sum(p.numel() for key, p in net.named_parameters() if key not in added),
         storage_bits=storage_bits(net),
         float_storage_bits=storage_bits(net, as_float=True),
         sites=tuple(rows),
     )
 
 
-# -- bits -----------------------------------------------------------------------------------------------------------------
+# -- bits -------------------------------------------------------------------------------------------------------------
 
 
 def _place_bits(net: nn.Module) -> dict[str, float]:
@@ -205,12 +205,12 @@ def _bit_operations(rows: list[SiteCost]) -> float:
     return math.fsum(row.macs * row.weight_bits * row.act_bits for row in rows)
 
 
-# -- one forward without data ---------------------------------------------------------------------------------------------
+# -- one forward without data -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Use:
-    """What a module did in the forward: its own MACs, and per operand the places its tensors came from (``None``: float)."""
+    """What a module did: its own MACs, and per operand the places its tensors came from (``None``: float)."""
 
     macs: int = 0
     operands: tuple[set[str | None], set[str | None]] = field(default_factory=lambda: (set(), set()))

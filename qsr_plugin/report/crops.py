@@ -20,8 +20,8 @@ from qsr_plugin.report.evaluate import psnr_ssim
 _ACCENT = "#d62728"
 _SUFFIXES = (".png", ".svg")
 _DPI = 160
-# In inches: longer side of an enlarged crop, space between and around pictures, height of the two lines below a picture,
-# and the width these lines need.
+# In inches: longer side of an enlarged crop, space between and around pictures, height of the two lines below a
+# picture, and the width these lines need.
 _TILE, _GAP, _MARGIN, _TEXT, _TEXT_WIDTH = 1.75, 0.12, 0.15, 0.39, 1.3
 _WIDEST = 1.2  # the whole image may be this much wider than all tiles together
 _SIZE, _SMALLEST = 9.0, 6.0  # points

@@ -74,13 +74,13 @@ def evaluate(
 ) -> EvaluationResult:
     """Run a network on a folder of LR images and compare with the HR images.
 
-    Outputs are clipped and rounded to 8 bits; ``scale`` pixels on each side are left out; Y is BT.601 (16 to 235). Each
-    image runs whole and alone, on the network's device, in evaluation mode.
+    Outputs are clipped and rounded to 8 bits; ``scale`` pixels on each side are left out; Y is BT.601 (16 to 235).
+    Each image runs whole and alone, on the network's device, in evaluation mode.
 
     Args:
         net: Takes and returns (1, 3, H, W), RGB in [0, 1]; float, or quantized and calibrated.
         hr_folder: Folder of high-resolution images.
-        lr_folder: Folder of low-resolution images of the same names; ``name.png`` may also be ``namex4.png`` at scale 4.
+        lr_folder: Folder of low-resolution images of the same names; ``name`` may also be ``namex4`` at scale 4.
         scale: Factor between them.
         progress: Wraps the list of pairs, e.g. ``rich.progress.track``.
 
@@ -125,15 +125,16 @@ def super_resolve(net: nn.Module, lr: np.ndarray, name: str = "the image") -> np
         out = net(to_tensor(lr).unsqueeze(0).to(device))
     if not bool(torch.isfinite(out).all()):
         raise ValueError(
-            f"{name}: the network's output holds NaN or infinity. Its weights or ranges are broken: check the checkpoint, "
-            "or calibrate again."
+            f"{name}: the network's output holds NaN or infinity. Its weights or ranges are broken: check the "
+            "checkpoint, or calibrate again."
         )
     return tensor2img(out.clamp(0, 1), rgb2bgr=False)  # a new tensor, because the host clips in place
 
 
 def psnr_ssim(sr: np.ndarray, hr: np.ndarray, scale: int) -> tuple[float, float]:
     """PSNR (dB) and SSIM on Y of two (H, W, 3) RGB uint8 images, ``scale`` pixels on each side left out."""
-    bgr = np.ascontiguousarray(sr[..., ::-1]), np.ascontiguousarray(hr[..., ::-1])  # the order the host's metrics expect
+    # The host's metrics expect OpenCV's channel order.
+    bgr = np.ascontiguousarray(sr[..., ::-1]), np.ascontiguousarray(hr[..., ::-1])
     options = {"crop_border": scale, "test_y_channel": True}
     return float(calculate_psnr(*bgr, **options)), float(calculate_ssim(*bgr, **options))
 
@@ -158,8 +159,8 @@ def find_pairs(hr_folder: str | Path, lr_folder: str | Path, scale: int) -> list
     if by_name:
         extra = sorted(path.name for path in by_name.values())
         raise ValueError(
-            f"{lr_folder}: {len(extra)} image(s) without a partner in {hr_folder}: {', '.join(extra[:5])}. Remove them, or "
-            "give the HR folder they were made from."
+            f"{lr_folder}: {len(extra)} image(s) without a partner in {hr_folder}: {', '.join(extra[:5])}. Remove "
+            "them, or give the HR folder they were made from."
         )
     return pairs
 
@@ -167,12 +168,15 @@ def find_pairs(hr_folder: str | Path, lr_folder: str | Path, scale: int) -> list
 def _check_sizes(hr_path: Path, hr: np.ndarray, lr_path: Path, lr: np.ndarray, scale: int) -> None:
     if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
         raise ValueError(
-            f"{hr_path} is {_size(hr)} and {lr_path} is {_size(lr)}: HR must be exactly {scale} times LR. Crop HR, or make "
-            "LR from it anew."
+            f"{hr_path} is {_size(hr)} and {lr_path} is {_size(lr)}: HR must be exactly {scale} times LR. Crop "
+            "HR, or make LR from it anew."
         )
     least = _SSIM_WINDOW + 2 * scale
     if min(hr.shape[:2]) < least:
-        raise ValueError(f"{hr_path} is {_size(hr)}: too small to score, at scale {scale} each side needs {least} pixels")
+        raise ValueError(
+            f"{hr_path} is {_size(hr)}: too small to score, at scale {scale} each side needs {least} pixels. Leave it "
+            "out."
+        )
 
 
 def _size(image: np.ndarray) -> str:

@@ -122,7 +122,8 @@ def size(bits: int) -> str:
 def _counted_at(report: ComplexityReport) -> str:
     height, width = report.input_size
     text = CONVENTIONS[report.convention].text
-    return f"Per image of {height}x{width} (LR height x width). BitOPs '{report.convention}': {text}. 1 MB is 10^6 bytes."
+    counted = f"BitOPs '{report.convention}': {text}"
+    return f"Per image of {height}x{width} (LR height x width). {counted}. 1 MB is 10^6 bytes."
 
 
 def _strict(data: object) -> object:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import stat
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def refusal(path: Path) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("suffix", [".pth", ".state", ".pt", ".ckpt", ".bin"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_malicious_pickles_run_nothing(tmp_path: Path, suffix: str, form: str) -> None:
@@ -76,7 +78,9 @@ def test_a_pickled_network_is_refused_with_the_remedy(tiny_net, tmp_path: Path) 
 
 
 def test_torchscript_is_named(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "net.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # such files stay around longer than what writes them
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "net.pt")
     assert "is a TorchScript program" in refusal(tmp_path / "net.pt")
 
 

@@ -117,6 +117,24 @@ def test_elements_on_a_bound_count_as_asked(ties: str, share: float) -> None:
     assert (dl.item(), du.item()) == (1 - share, 1 - share)
 
 
+@pytest.mark.parametrize("ties", ["inside", "split", "outside"])
+@pytest.mark.parametrize("width", [1.0, 1e-4, 1e-8, 1e-12])
+@pytest.mark.parametrize("centre", [0.0, 1000.0])
+def test_gradients_of_the_bounds_stay_exact_when_the_range_is_tiny_beside_the_data(
+    width: float, centre: float, ties: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, generator=generator).mul(3).add(centre)
+    upstream = torch.randint(-8, 9, (500,), generator=generator).float()
+    lower = torch.tensor(centre, requires_grad=True)
+    upper = torch.tensor(centre + width, requires_grad=True)
+    grid = {"bounds": (lower, upper), "anchor": lower.detach(), "ties": ties}
+    y = fake_quantize(x, torch.tensor(max(width, 1e-3)), 15.0, (0.0, 15.0), **grid)
+    dl, du = gradients(y, upstream, lower, upper)
+    assert du.item() == upstream[x > upper].sum().item()
+    assert dl.item() == upstream[x < lower].sum().item()
+
+
 def test_without_bounds_nothing_is_clipped() -> None:
     x = torch.tensor([5.0, -5.2], requires_grad=True)
     y = fake_quantize(x, torch.tensor(1.0), 7.0, (-7.0, 7.0))

@@ -104,6 +104,7 @@ def test_a_weight_made_by_a_parametrization_is_refused_not_ignored() -> None:
         quantize_model(net, recipe(4))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_weight_computed_before_each_forward_is_quantized() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 3, 3))), torch.randn(1, 3, 6, 6)

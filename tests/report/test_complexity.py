@@ -28,7 +28,8 @@ def custom_recipe(*rules: dict, act: object = 4, weight: int = 4, **more: object
     """Recipe with min-max quantizers at places given by hand."""
     quantizers = {"act": "asymmetric", "weight": "symmetric"}
     bits = {"weight": weight, "act": act}
-    return {"method": "hand", "placement": "all", "placements": {"all": rules}, "quantizers": quantizers, "bits": bits, **more}
+    placement = {"placement": "all", "placements": {"all": rules}}
+    return {"method": "hand", **placement, "quantizers": quantizers, "bits": bits, **more}
 
 
 def row(report, name: str):
@@ -89,7 +90,8 @@ def test_grouped_strided_transposed_linear_and_matrix_products() -> None:
 
 
 def test_bits_of_every_kind_of_layer() -> None:
-    rules = [{"match": name, "port": port} for name in ("grouped", "transposed", "linear") for port in ("input", "weight")]
+    layers = ("grouped", "transposed", "linear")
+    rules = [{"match": name, "port": port} for name in layers for port in ("input", "weight")]
     rules += [{"match": "product", "port": "left"}, {"match": "product", "port": "right", "bits": 6}]
     report = complexity(quantize_model(Mixed(), load_recipe(custom_recipe(*rules, act=5, weight=3))), (16, 24))
     assert {site.name: (site.weight_bits, site.act_bits, site.quantized) for site in report.sites} == {
@@ -207,7 +209,8 @@ def test_the_network_is_left_as_it_is_and_needs_no_calibration(tiny, backbone: s
     attributes = {name: dict(vars(module)) for name, module in net.named_modules()}
     report = complexity(net, (6, 10))
     assert report.macs > 0
-    assert all(module.training and not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
+    assert all(module.training for module in net.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     for name, module in net.named_modules():
         assert all(value is attributes[name][key] for key, value in vars(module).items() if isinstance(value, Tensor))
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())

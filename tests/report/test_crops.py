@@ -87,7 +87,7 @@ def test_crops_are_exact_and_carry_label_and_psnr(monkeypatch, tmp_path) -> None
 
 @pytest.mark.parametrize("count", [1, 3, 5, 9])
 @pytest.mark.parametrize("shape", [(90, 120), (60, 240), (160, 60)])
-def test_nothing_overlaps_and_nothing_leaves_the_picture(monkeypatch, tmp_path, count: int, shape: tuple[int, int]) -> None:
+def test_nothing_overlaps_or_leaves_the_picture(monkeypatch, tmp_path, count: int, shape: tuple[int, int]) -> None:
     hr = np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8)
     results = {f"A rather long label of network {number}": hr // 2 for number in range(count)}
     figure = draw(monkeypatch, tmp_path, hr, results, box=(5, 5, 40, 14))

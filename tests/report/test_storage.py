@@ -64,3 +64,9 @@ def test_counters_tables_and_temporary_buffers_are_left_out() -> None:
     net.register_buffer("table", torch.zeros(100, dtype=torch.int64))
     net.register_buffer("scratch", torch.zeros(100), persistent=False)
     assert storage_bits(net) == 32 * 16
+
+
+def test_a_tensor_shared_by_two_layers_is_stored_once() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1].weight = net[0].weight
+    assert storage_bits(net) == 32 * 16
