@@ -8,8 +8,9 @@
 # first call:
 #
 #   make demo PYTHON=python3.12
-#   make demo TORCH="torch torchvision"                                                     newest pair, with CUDA on Linux
-#   make demo TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"    without CUDA, much smaller
+#   make demo TORCH="torch torchvision"                    the newest pair instead of the one in constraints.txt
+#   make demo TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+#                                                          on Linux without a GPU: a much smaller download
 #
 # To start over, delete .venv.
 

@@ -43,6 +43,6 @@ setup(
     package_dir=MAPPED,
     package_data={"qsr_plugin.options": ["**/*.yml"], "qsr_plugin.assets": ["*.safetensors", "*.md"]},
     install_requires=requirements(),
-    extras_require={"test": ["pytest>=7", "pytest-timeout", "hypothesis", "build"]},
+    extras_require={"test": ["pytest>=7", "pytest-timeout", "hypothesis", "build", "pip>=22.3", "setuptools>=70.1"]},
     entry_points={"console_scripts": ["qsr = qsr_plugin.cli:main"]},
 )

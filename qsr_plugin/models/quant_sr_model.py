@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import torch
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
-from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
@@ -25,6 +23,7 @@ from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.patches import run_in_patches
 from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.models.finite import first_non_finite
+from qsr_plugin.models.run_state import RunState
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
 from qsr_plugin.quant.calibrate import calibrate
@@ -36,7 +35,7 @@ logger = logging.getLogger("basicsr")
 
 
 @MODEL_REGISTRY.register()
-class QuantSRModel(SRModel):
+class QuantSRModel(RunState, SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
     Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
@@ -259,84 +258,3 @@ class QuantSRModel(SRModel):
         get_root_logger().info(f"\t # FAB {dataset_name}: {fab:.3f}")
         if tb_logger:
             tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
-
-    # -- saving and resuming --------------------------------------------------------------------------------------------
-
-    @master_only
-    def save_network(self, net, net_label: str, current_iter: int, param_key="params") -> None:
-        """Write ``.pth`` in the host's layout and ``.safetensors`` with the recipe (EMA if there is one), atomically.
-
-        Raises:
-            OSError: If a file cannot be written.
-        """
-        nets, keys = (net, param_key) if isinstance(net, list) else ([net], [param_key])
-        name = "latest" if current_iter == -1 else current_iter
-        path = Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth"
-        states = {key: self.get_bare_model(one).state_dict() for key, one in zip(keys, nets)}
-        checkpoint.save_quantized(self.get_bare_model(nets[-1]), path.with_suffix(".safetensors"))
-        checkpoint.save_torch({key: {k: v.cpu() for k, v in state.items()} for key, state in states.items()}, path)
-
-    @master_only
-    def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Write optimiser, schedulers, stage, seed, recipe and best scores, atomically.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        if current_iter == -1:
-            return
-        state = {
-            "epoch": epoch,
-            "iter": current_iter,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "stage": self.stage_index,
-            "manual_seed": self.opt["manual_seed"],
-            "world_size": self.opt["world_size"],
-            "recipe": self.recipe.to_dict(),
-            "best_metric_results": self._best_scores(),
-        }
-        checkpoint.save_torch(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
-
-    def _best_scores(self) -> dict[str, Any]:
-        """Best validation scores as plain numbers; the host's are NumPy scalars, which no safe reader takes."""
-        best = getattr(self, "best_metric_results", {})
-        return {
-            name: {metric: {**entry, "val": float(entry["val"])} for metric, entry in metrics.items()}
-            for name, metrics in best.items()
-        }
-
-    def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Continue a run exactly where its state was saved.
-
-        Raises:
-            OptionsError: If recipe or number of processes differ from those of the saved run.
-        """
-        self._check_same_run(resume_state)
-        super().resume_training(resume_state)
-        self._enter_stage(self.schedule.index_at(resume_state["iter"]), set_learning_rates=False)
-        if resume_state.get("best_metric_results"):
-            self.best_metric_results = resume_state["best_metric_results"]
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        if state.get("world_size", self.opt["world_size"]) != self.opt["world_size"]:
-            raise OptionsError(
-                f"the run was saved with {state['world_size']} process(es), this is {self.opt['world_size']}: start it "
-                "with the same number"
-            )
-        if "recipe" not in state or self.opt.get("allow_recipe_change"):
-            return
-        changed = changed_keys(state["recipe"], self.recipe.to_dict())
-        if changed:
-            raise OptionsError(
-                "the recipe differs from that of the saved run:\n  " + "\n  ".join(changed) + "\nUse the saved recipe, "
-                "another name for a new run, or --allow-recipe-change"
-            )
-
-
-def changed_keys(old: Any, new: Any, path: str = "recipe") -> list[str]:
-    """Dotted keys in which two plain structures differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in changed_keys(old.get(key), new.get(key), f"{path}.{key}")]
-    return [] if old == new else [f"{path}: saved {old!r}, now {new!r}"]

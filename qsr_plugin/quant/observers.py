@@ -54,7 +54,7 @@ def percentile(x: Tensor, alpha: float = 0.99) -> Range:
 
 
 def sample_max(x: Tensor) -> Range:
-    """Mean over the batch of each sample's largest magnitude, as a symmetric range (PAMS, Li et al., ECCV 2020)."""
+    """Mean over the batch of each sample's largest magnitude, as a symmetric range (Li et al., ECCV 2020)."""
     high = x.detach().float().abs().flatten(1).amax(1).mean()
     return -high, high
 
@@ -140,7 +140,7 @@ class Observer:
 
 ObserverName = Literal["minmax", "percentile", "omse", "sample_max"]
 _NAMES = ("minmax", "percentile", "omse", "sample_max")
-#: Candidates of the OMSE search on activations (AdaBM harness; Hong and Lee, CVPR 2024).
+#: Candidates of the OMSE search on activations (Hong and Lee, CVPR 2024).
 OMSE_CANDIDATES = 90
 
 

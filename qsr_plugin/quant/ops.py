@@ -2,8 +2,8 @@
 
 Every uniform quantizer of the package is one call of :func:`fake_quantize`. Its gradient rules are those of a
 straight-through rounding between clipped bounds (Bengio et al., arXiv 1308.3432), written for general bounds and step:
-PAMS (Li et al., ECCV 2020), LSQ (Esser et al., ICLR 2020) and learned asymmetric bounds follow from them by the chain
-rule, because bounds and span are ordinary differentiable tensors for the caller.
+a trained max scale (Li et al., ECCV 2020), a learned step (Esser et al., ICLR 2020) and learned asymmetric bounds follow
+from them by the chain rule, because bounds and span are ordinary differentiable tensors for the caller.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def grad_scale(x: Tensor, factor: float) -> Tensor:
-    """Identity whose gradient is multiplied by ``factor`` (LSQ, Esser et al., ICLR 2020, Sec. 2.2)."""
+    """Identity whose gradient is multiplied by ``factor`` (Esser et al., ICLR 2020, Sec. 2.2)."""
     scaled = x * factor
     return (x - scaled).detach() + scaled
 
@@ -121,8 +121,8 @@ def fake_quantize(
         bounds: ``(lower, upper)``: the clip range in units of ``x``, broadcastable to ``x``, equal to the values of the
             two limit codes. ``None`` means nothing is clipped: codes may leave the limits and every element is inside.
         anchor: Value of code 0, broadcastable to ``x``; 0 if not given. Receives no gradient.
-        ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (LSQ's strict
-            inequality) or ``split``, half and half (element-wise minimum and maximum, as in PAMS).
+        ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (strict
+            inequality) or ``split``, half and half (element-wise minimum and maximum).
 
     Returns:
         Fake-quantized tensor with the shape and dtype of ``x``.

@@ -1,7 +1,7 @@
 """Bit policies: which bit width a site uses for each image.
 
 A policy answers with a :class:`BitDecision`; :func:`quantize_with` applies it. Learned policies choose hard in the
-forward and let the gradient of the soft mixture through (CADyQ, Hong et al., ECCV 2022, Sec. 3.2); that rule is written
+forward and let the gradient of the soft mixture through (Hong et al., ECCV 2022, Sec. 3.2); that rule is written
 here once.
 """
 

@@ -7,7 +7,6 @@ turns into module patterns, so one recipe serves every backbone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module, resources
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qsr_plugin.errors import UserError, suggest
+from qsr_plugin.quant.explain import explain
 from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.quantizer import quantizer_class
 
@@ -61,7 +61,7 @@ class Bits(_Strict):
 
 
 class Spec(_Strict):
-    """A registered part by name with its own options: ``pams`` or ``{type: percentile, alpha: 0.995}``."""
+    """A registered part by name with its own options: ``name`` or ``{type: name, option: value}``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     type: str
@@ -233,7 +233,7 @@ def load_recipe(
     """Read and validate a recipe.
 
     Args:
-        source: Name of a shipped recipe (``"pams"``), path of a YAML file, a mapping, or a recipe. A mapping may name
+        source: Name of a shipped recipe (see :func:`list_methods`), path of a YAML file, a mapping, or a recipe. A mapping may name
             a shipped recipe as ``base`` and only say what differs.
         weight_bits: Bit width of weights, 2 to 16, or 32 for float.
         act_bits: Bit width of activations, or the candidates of a bit policy.
@@ -282,32 +282,3 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def _explain(error: ValidationError, data: Any) -> str:
-    """One line per problem: the key's path, what is wrong, and near names for unknown keys."""
-    lines = []
-    for item in error.errors(include_url=False):
-        where = "recipe" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(item['loc'][:-1], data))}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: required, but not given")
-        else:
-            message = re.sub(r"^Value error, ", "", item["msg"])
-            lines.append(f"{where}: {message}" + ("" if "Allowed" in message else f" (got {item['input']!r})"))
-    return "\n".join(lines)
-
-
-def _fields_at(loc: tuple[Union[int, str], ...], data: Any) -> list[str]:
-    """Field names of the model at a location, to suggest from."""
-    if loc[-1:] in (("act",), ("weight",), ("quantizer",)):
-        for part in loc:
-            data = data[part]
-        return list(quantizer_class(data["type"]).Options.model_fields)
-    tables: dict[str, type[BaseModel]] = {
-        "bits": Bits, "quantizers": Quantizers, "calibration": Calibration, "stages": Stage, "lr": LearningRates,
-        "placements": Rule,
-    }  # fmt: skip
-    names = [part for part in loc if part in tables]
-    return list((tables[names[-1]] if names else Recipe).model_fields)

@@ -1,0 +1,48 @@
+"""Validation errors as sentences: the key's path, what is wrong, and near names for unknown keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Union, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from qsr_plugin.errors import suggest
+
+
+def explain(error: ValidationError, model: type[BaseModel], root: str = "recipe") -> str:
+    """One line per problem.
+
+    Args:
+        error: What pydantic raised.
+        model: The model that refused.
+        root: What paths start with.
+    """
+    lines = []
+    for item in error.errors(include_url=False):
+        where = root + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(model, item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: required, but not given")
+        else:
+            message = re.sub(r"^Value error, ", "", item["msg"])
+            lines.append(f"{where}: {message}" + ("" if "Allowed" in message else f" (got {item['input']!r})"))
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[Union[int, str], ...]) -> list[str]:
+    """Field names of the model at a location, to suggest from."""
+    for part in loc:
+        if part in model.model_fields:
+            inner = next(_models_in(model.model_fields[part].annotation), None)
+            model = inner or model
+    return list(model.model_fields)
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

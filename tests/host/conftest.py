@@ -1,0 +1,100 @@
+"""Fixtures that build the package from a copy of its sources and install it into environments of their own, offline."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.host.harness import TIMEOUT
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (
+    "archs", "assets", "options", "qsr_plugin", "tests", "tools", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
+    "README.md", "constraints.txt", "pyproject.toml", "requirements.txt", "setup.py",
+)  # fmt: skip
+
+
+class Built(NamedTuple):
+    """What a build made.
+
+    Attributes:
+        sources: The copy of the sources it was made from.
+        sdist: Source archive.
+        wheel: Wheel, built from the source archive.
+    """
+
+    sources: Path
+    sdist: Path
+    wheel: Path
+
+
+def call(*command: str | Path, cwd: Path) -> str:
+    """Run a command that must succeed; returns what it wrote to stdout."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def new_environment(folder: Path, *, with_dependencies: bool = True) -> Path:
+    """A virtual environment without pip and without this package; returns its Python.
+
+    Args:
+        folder: Where to make it.
+        with_dependencies: See the installed packages of this environment. Its editable installs stay unseen, because
+            ``.pth`` files of a folder that is named in a ``.pth`` file are not read.
+    """
+    call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    if with_dependencies:
+        own = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+        used = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+        Path(own, "dependencies.pth").write_text("\n".join(used) + "\n", "utf-8")
+    return python
+
+
+def pip_install(python: Path, *what: str | Path) -> None:
+    """Install with this environment's pip into another one, without network and without dependencies."""
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    call(sys.executable, "-m", "pip", "--python", python, "install", *offline, *what, cwd=python.parent)
+
+
+@pytest.fixture(scope="session")
+def copy_sources() -> Callable[[Path], Path]:
+    """Copy what a release is built from, and nothing that lies about in the working tree, into a folder."""
+
+    def copy(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for name in SOURCES:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]"))
+            else:
+                shutil.copy2(source, folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def built(copy_sources: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Source archive and wheel of the present sources."""
+    folder = tmp_path_factory.mktemp("build")
+    sources = copy_sources(folder / "sources")
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, sources, cwd=folder)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return Built(sources, sdist, wheel)
+
+
+@pytest.fixture(scope="session")
+def second_python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a second environment: the dependencies of this one, and the package installed from its wheel."""
+    python = new_environment(tmp_path_factory.mktemp("second") / "env")
+    pip_install(python, built.wheel)
+    return python
