@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Union, get_args
+from typing import Any, Union, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from qsr_plugin.errors import suggest
 
 
-def explain(error: ValidationError, model: type[BaseModel], root: str = "recipe") -> str:
+def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str = "recipe") -> str:
     """One line per problem.
 
     Args:
         error: What pydantic raised.
-        model: The model that refused.
+        model: The model that refused. A class below it may have ``option_names(value)`` to say which keys go with a value.
+        data: What it refused.
         root: What paths start with.
     """
     lines = []
     for item in error.errors(include_url=False):
         where = root + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(model, item['loc'][:-1]))}")
+            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(model, data, item['loc'][:-1]))}")
         elif item["type"] == "missing":
             lines.append(f"{where}: required, but not given")
         else:
@@ -32,13 +33,13 @@ def explain(error: ValidationError, model: type[BaseModel], root: str = "recipe"
     return "\n".join(lines)
 
 
-def _fields_at(model: type[BaseModel], loc: tuple[Union[int, str], ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], data: Any, loc: tuple[Union[int, str], ...]) -> list[str]:
     """Field names of the model at a location, to suggest from."""
     for part in loc:
+        data = data[part]
         if part in model.model_fields:
-            inner = next(_models_in(model.model_fields[part].annotation), None)
-            model = inner or model
-    return list(model.model_fields)
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return model.option_names(data) if hasattr(model, "option_names") else list(model.model_fields)
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:

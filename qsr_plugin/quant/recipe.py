@@ -84,6 +84,11 @@ class QuantizerSpec(Spec):
         quantizer_class(self.type).Options(**self.extras())
         return self
 
+    @staticmethod
+    def option_names(value: Mapping[str, Any]) -> list[str]:
+        """Options that go with the quantizer a mapping names."""
+        return list(quantizer_class(value["type"]).Options.model_fields)
+
 
 class PolicySpec(Spec):
     """A bit policy of the table, its options checked by its own class."""
@@ -253,7 +258,7 @@ def load_recipe(
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error, data)) from None
+        raise RecipeError(explain(error, Recipe, data)) from None
 
 
 def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
