@@ -26,7 +26,7 @@ from qsr_plugin.errors import UserError, suggest
 logger = logging.getLogger("qsr_plugin.compat")
 
 INSTALL_HELP = """\
-qsr_plugin needs BasicSR for this, and it cannot be imported. In a fresh environment (Python 3.9 to 3.12):
+qsr_plugin needs BasicSR for this, and it cannot be imported. In a fresh environment (Python 3.10 to 3.12):
     pip install -U pip setuptools
     pip install torch
     pip install torchvision

@@ -16,8 +16,8 @@ from tests.host.harness import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    "archs", "assets", "options", "qsr_plugin", "tests", "tools", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
-    "README.md", "constraints.txt", "pyproject.toml", "requirements.txt", "setup.py",
+    "archs", "assets", "options", "qsr_plugin", "tests", "tools", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
+    "Makefile", "README.md", "constraints.txt", "pyproject.toml", "requirements.txt", "setup.py",
 )  # fmt: skip
 
 

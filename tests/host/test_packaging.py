@@ -21,7 +21,12 @@ from tests.host.conftest import ROOT, Built, call, new_environment, pip_install
 
 MAPPED = ("archs", "assets", "options")
 #: What makes up the installed package, by folder.
-INSTALLED = {"qsr_plugin": {".py"}, "archs": {".py"}, "options": {".py", ".yml"}, "assets": {".py", ".md", ".safetensors"}}
+INSTALLED = {
+    "qsr_plugin": {".py"},
+    "archs": {".py"},
+    "options": {".py", ".yml"},
+    "assets": {".py", ".md", ".safetensors"},
+}
 
 WHERE = """
 import importlib.util, json
@@ -60,7 +65,7 @@ def options_of_sources(sources: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_every_mapped_folder_is_a_package(name: str) -> None:
-    """Editable installs find neither modules nor option files in a mapped folder without ``__init__.py``."""
+    """Without ``__init__.py`` a mapped folder is lost to editable installs, and a folder below it to the wheel."""
     folders = [ROOT / name, *(path for path in (ROOT / name).rglob("*") if path.is_dir())]
     bare = [str(path) for path in folders if path.name != "__pycache__" and not (path / "__init__.py").is_file()]
     assert bare == []
@@ -81,7 +86,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built, wheel_names: set
         place = folder if folder == "qsr_plugin" else f"qsr_plugin/{folder}"
         names = (name for name in files_below(built.sources / folder) if Path(name).suffix in kinds)
         expected |= {f"{place}/{name}" for name in names}
-    assert {"qsr_plugin/options/recipes/pams.yml", "qsr_plugin/archs/roles.py", "qsr_plugin/assets/__init__.py"} <= expected
+    assert {"qsr_plugin/options/recipes/pams.yml", "qsr_plugin/archs/roles.py"} <= expected
     package = {name for name in wheel_names if not name.startswith(f"qsr_plugin-{__version__}.dist-info/")}
     assert package == expected
 

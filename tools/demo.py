@@ -1,0 +1,173 @@
+"""Everything once, in a few minutes on a CPU: photos -> LMDB -> float -> 8 bits -> 4 bits -> 4 bits trained -> report."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from qsr_plugin import Recipe, calibrate, compat, complexity, load_quantized, load_recipe, quantize_model, save_quantized
+from qsr_plugin import demo
+from qsr_plugin.checkpoint import load_float_weights
+from qsr_plugin.data.build import build_lmdb_pair
+from qsr_plugin.data.images import list_images, read_rgb
+from qsr_plugin.errors import UserError
+
+console = Console(highlight=False)
+
+
+class Results:
+    """Networks with their costs and scores, in the order of the table."""
+
+    def __init__(self, folders: demo.Folders) -> None:
+        self.folders = folders
+        self.nets: dict[str, nn.Module] = {}
+        self.rows: dict[str, tuple[Any, Any]] = {}
+
+    def add(self, label: str, net: nn.Module) -> None:
+        """Score a network on the test photos and say how it did."""
+        self.nets[label] = net
+        self.rows[label] = (complexity(net), self.score(net))
+        console.print(f"   {label}: [bold]{self.rows[label][1].psnr:.2f} dB[/bold] on the test photos")
+
+    def score(self, net: nn.Module) -> Any:
+        """PSNR and SSIM on the test photos."""
+        from qsr_plugin.report.evaluate import evaluate
+
+        return evaluate(net, self.folders.hr, self.folders.lr, demo.SCALE)
+
+
+@contextmanager
+def step(number: int, text: str) -> Iterator[None]:
+    """A heading, and the seconds it took."""
+    console.print(f"\n[bold cyan]{number} of 6[/bold cyan]  [bold]{text}[/bold]")
+    start = time.perf_counter()
+    yield
+    console.print(f"   [dim]{time.perf_counter() - start:.0f} s[/dim]")
+
+
+def prepare(folders: demo.Folders) -> None:
+    """Photos, the two databases of the training, and the test images."""
+    demo.write_photos(folders)
+    console.print(f"   training photos: {', '.join(demo.TRAIN_PHOTOS)}")
+    console.print(f"   test photos, not trained on: {', '.join(demo.TEST_PHOTOS)}")
+    report = build_lmdb_pair(
+        folders.train, folders.data, demo.SCALE, sub_image=192, step=96, shrink=(1.0, 0.6), overwrite=True, progress=True
+    )
+    console.print(f"   {report.sub_images} pairs of sub-images in {report.gt} and {report.lq}", soft_wrap=True)
+
+
+def float_network(options: dict[str, Any], weights: Path) -> nn.Module:
+    """The small EDSR with its float weights."""
+    from qsr_plugin.archs.quant_net_arch import build_backbone
+
+    net = build_backbone(options["network_g"]["backbone"])
+    load_float_weights(net, weights)
+    return net.eval()
+
+
+def calibrated(options: dict[str, Any], weights: Path, recipe: Recipe, path: Path) -> nn.Module:
+    """The float network, quantized and calibrated on crops of the training photos; saved as ``path``."""
+    net = quantize_model(float_network(options, weights), recipe)
+    calibrate(net, demo.calibration_crops(options, recipe.calibration.images, recipe.calibration.batch))
+    save_quantized(net, path)
+    return net
+
+
+def train(options: dict[str, Any], folders: demo.Folders) -> nn.Module:
+    """The short PAMS run, with a bar; its network."""
+    columns = (
+        TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        total = options["train"]["total_iter"]
+        task = bar.add_task("starting", total=total, note="")
+
+        def watch(seen: demo.Step) -> None:
+            if seen.psnr is not None:
+                bar.console.print(f"   after {int(bar.tasks[0].completed)} iterations: {seen.psnr:.2f} dB")
+            else:
+                bar.update(task, completed=seen.iteration, description="training", note=f"loss {seen.loss:.4f}")
+
+        trained = demo.train(options, folders, watch)
+        bar.update(task, completed=total)
+    path = folders.models / "pams_w4a4_trained.safetensors"
+    shutil.copyfile(trained, path)
+    return load_quantized(path)
+
+
+def report(results: Results) -> None:
+    """The table, the pictures, and where everything is."""
+    from qsr_plugin.report.crops import save_crops
+    from qsr_plugin.report.evaluate import super_resolve
+    from qsr_plugin.report.tables import results_table, write_json
+
+    folders, bicubic = results.folders, demo.Bicubic()
+    table = results_table(results.rows, title=f"{len(demo.TEST_PHOTOS)} test photos, x{demo.SCALE}")
+    plain = results.score(bicubic)
+    table.add_section()
+    table.add_row("no network: bicubic", f"{plain.psnr:.2f}", f"{plain.ssim:.4f}", "-", "-", "-", style="dim")
+    for path in list_images(folders.hr):
+        lr = read_rgb(folders.lr / path.name)
+        images = {label: super_resolve(net, lr) for label, net in {"bicubic": bicubic, **results.nets}.items()}
+        save_crops(folders.pictures / path.name, read_rgb(path), images, demo.SCALE)
+    data = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in results.rows.items()}
+    write_json(data, folders.root / "results.json")
+    console.print(table)
+
+
+def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
+    """All steps."""
+    options = demo.demo_options(folders, weights, iters)
+    results = Results(folders)
+    with step(1, "Photos that scikit-image ships, cut into an LMDB to train from"):
+        prepare(folders)
+    with step(2, "The float network"):
+        results.add("float", float_network(options, weights))
+    with step(3, "8 bits: calibrated, not trained"):
+        recipe = load_recipe("minmax", weight_bits=8, act_bits=8)
+        results.add("min-max W8A8", calibrated(options, weights, recipe, folders.models / "minmax_w8a8.safetensors"))
+    with step(4, "4 bits: calibrated, not trained"):
+        recipe = load_recipe("percentile", weight_bits=4, act_bits=4)
+        net = calibrated(options, weights, recipe, folders.models / "percentile_w4a4.safetensors")
+        results.add("percentile W4A4", net)
+        recipe = load_recipe(options["network_g"]["recipe"])
+        results.add("PAMS W4A4", calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors"))
+    with step(5, f"4 bits: PAMS, trained for {options['train']['total_iter']} iterations"):
+        results.add("PAMS W4A4, trained", train(options, folders))
+    with step(6, "Comparison"):
+        report(results)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for everything this makes.")] = Path("demo_output"),
+    iters: Annotated[Optional[int], typer.Option(min=1, help="Iterations of the training.")] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="Other float weights of the small EDSR.")] = None,
+) -> None:
+    """Quantize the small EDSR that comes with the package to 8 and 4 bits, train it at 4 bits, and compare."""
+    folders, start = demo.Folders(out), time.perf_counter()
+    try:
+        compat.import_host()
+        run(folders, weights or demo.packaged_weights(), iters)
+    except (UserError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    places = {"pictures": folders.pictures, "networks": folders.models, "figures": folders.root / "results.json"}
+    console.print(f"\n[bold]Done[/bold] in {(time.perf_counter() - start) / 60:.1f} minutes.")
+    for name, place in places.items():
+        console.print(f"   {name}: {place.resolve()}", soft_wrap=True)
+    console.print("   The files of the networks hold float weights and ranges; 'Size' is what the packed bits take.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
