@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from basicsr.archs.arch_util import ResidualBlockNoBN
+from qsr_plugin.archs.srresnet_arch import ResidualBlockBN
 from torch import Tensor
 
-from qsr_plugin.archs.srresnet_arch import ResidualBlockBN
 from qsr_plugin.quant.sites import Site, register_site_class
 
 

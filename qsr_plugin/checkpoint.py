@@ -36,7 +36,7 @@ class CheckpointError(UserError, RuntimeError):
     """A file that cannot be used as weights; the message names the file, what is wrong and what to do."""
 
 
-# -- writing --------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> None:
@@ -111,7 +111,7 @@ def metadata_of(net: nn.Module) -> dict[str, str]:
     }
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -144,7 +144,9 @@ def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
                 "program that made it, save net.state_dict() instead of the network itself."
             ) from None
         kind = type(error).__name__
-        raise CheckpointError(f"{path} is no PyTorch file, or damaged or cut short ({kind}): get or save it again") from None
+        raise CheckpointError(
+            f"{path} is no PyTorch file, or damaged or cut short ({kind}): get or save it again"
+        ) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; {_SUFFIX_HELP}")
     return dict(content), {}

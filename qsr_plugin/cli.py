@@ -52,7 +52,9 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="Quantized model to write, .safetensors.")],
     arch: Arch,
     images: Annotated[Optional[Path], typer.Option(help="Folder of LR images to calibrate on.")] = None,
-    photos: Annotated[Optional[Path], typer.Option(help="Or: folder of HR photos, reduced by the network's scale.")] = None,
+    photos: Annotated[
+        Optional[Path], typer.Option(help="Or: folder of HR photos, reduced by the network's scale.")
+    ] = None,
     method: Annotated[str, typer.Option(help="Shipped recipe (see 'qsr list') or a recipe YAML.")] = "percentile",
     bits: Annotated[str, typer.Option(help="Weight and activation bits, e.g. W4A4; 32 is float.")] = "W8A8",
     placement: Annotated[Optional[str], typer.Option(help="Which layers: a placement of the recipe.")] = None,

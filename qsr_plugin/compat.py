@@ -33,7 +33,7 @@ qsr_plugin needs BasicSR for this, and it cannot be imported. In a fresh environ
     pip install --no-build-isolation --no-deps basicsr==1.4.2
     pip install -e .
 Take the torch and torchvision that belong together (same index, same CUDA or CPU variant), and keep this order: without
---no-build-isolation pip downloads a second torch only to build BasicSR. Run the last line in the folder of qsr_plugin."""
+--no-build-isolation pip downloads a second torch only to build BasicSR. Run the last line in qsr_plugin's folder."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def require_registered(kind: str, name: str) -> None:
         name: The ``type`` an option file asks for.
 
     Raises:
-        NotRegisteredError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use and the
-            import that may be missing.
+        NotRegisteredError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use and
+            the import that may be missing.
     """
     registry = getattr(import_host("basicsr.utils.registry"), f"{kind.upper()}_REGISTRY")
     known = list(registry.keys())

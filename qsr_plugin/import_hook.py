@@ -35,7 +35,7 @@ class _Loader(importlib.abc.Loader):
 class HostFinder(importlib.abc.MetaPathFinder):
     """Waits on ``sys.meta_path`` for the first import of BasicSR; merely looking for its spec does not set it off.
 
-    Modules of this package are watched as well: when one of them is the first to import BasicSR, it is only half executed
+    Modules of this package are watched as well: when one of them first imports BasicSR, it is only half executed
     at that moment, and registration, which imports others that need it, has to wait until it is complete.
     """
 

@@ -73,10 +73,16 @@ def main(
         ratios.append((first + fourth) / (second + third))
         seconds[0].append((first + fourth) / 2)
         seconds[1].append((second + third) / 2)
-    table = Table(title=f"training step, EDSR-baseline x4, batch {batch} x {size} x {size}, {threads} thread(s), {device}")
+    table = Table(
+        title=f"training step, EDSR-baseline x4, batch {batch} x {size} x {size}, {threads} thread(s), {device}"
+    )
     for column in ("what", "median", "min", "max"):
         table.add_column(column)
-    rows = ((f"{recipe} W{bits}A{bits} / float", ratios), (f"{recipe} step, s", seconds[0]), ("float step, s", seconds[1]))
+    rows = (
+        (f"{recipe} W{bits}A{bits} / float", ratios),
+        (f"{recipe} step, s", seconds[0]),
+        ("float step, s", seconds[1]),
+    )
     for name, values in rows:
         table.add_row(name, *(f"{value:.3f}" for value in (statistics.median(values), min(values), max(values))))
     Console().print(table)

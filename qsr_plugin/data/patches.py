@@ -1,7 +1,7 @@
 """Whole images in patches: where to cut, how to put the results together, and what to do when memory runs out.
 
-Neighbouring patches overlap; each output pixel is taken from one patch only, the one in which it lies deeper, so nothing
-is averaged and no seam can show as long as the overlap covers the network's receptive field.
+Neighbouring patches overlap; each output pixel is taken from one patch only, the one in which it lies deeper, so
+nothing is averaged and no seam can show as long as the overlap covers the network's receptive field.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def spans(length: int, size: int, overlap: int) -> list[Span]:
         ValueError: Unless ``0 <= overlap < size``; with a larger stride than patch, pixels would be left out.
     """
     if size < 1 or not 0 <= overlap < size:
-        raise ValueError(f"patch size {size} with overlap {overlap}: the overlap must be 0 to {max(size - 1, 0)} pixels")
+        raise ValueError(
+            f"patch size {size} with overlap {overlap}: the overlap must be 0 to {max(size - 1, 0)} pixels"
+        )
     if length <= size:
         return [Span(0, length, 0, length)]
     starts = [*range(0, length - size, size - overlap), length - size]
@@ -102,7 +104,9 @@ def _run(net: Callable[[Tensor], Tensor], image: Tensor, scale: int, size: int, 
         y, x = group[0]
         expected = (scale * (y.stop - y.start), scale * (x.stop - x.start))
         if tuple(results.shape[2:]) != expected:
-            raise ValueError(f"the network made {tuple(results.shape[2:])} of a patch, scale {scale} asks for {expected}")
+            raise ValueError(
+                f"the network made {tuple(results.shape[2:])} of a patch, scale {scale} asks for {expected}"
+            )
         if out is None:
             out = results.new_empty(1, results.shape[1], scale * image.shape[2], scale * image.shape[3])
         for result, (y, x) in zip(results, group):

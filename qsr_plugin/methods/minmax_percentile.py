@@ -1,7 +1,7 @@
 """Static post-training ranges: min-max, percentile, OMSE, and the learned-range grids they feed.
 
-Min-max: Jacob et al., CVPR 2018. Percentile: Li et al., CVPR 2019. OMSE and the joint fine-tuning of these ranges follow
-the comparison of AdaBM (Hong and Lee, CVPR 2024). Activations use an asymmetric grid between two bounds, both of them
+Min-max: Jacob et al., CVPR 2018. Percentile: Li et al., CVPR 2019. OMSE follows the
+comparison in AdaBM (Hong and Lee, CVPR 2024). Activations use an asymmetric grid between two bounds, both of them
 levels; weights a symmetric one. Zero is a level of neither in general. Biases stay float.
 """
 
@@ -23,7 +23,7 @@ WEIGHT_CANDIDATES = 50
 
 
 class _BoundedQuantizer(Quantizer):
-    """Grid of ``2^b`` levels from ``lower`` to ``upper``: ``round((clip(x) - l) / s) s + l`` with ``s = (u - l) / (2^b - 1)``."""
+    """``2^b`` levels from ``l`` to ``u``: ``round((clip(x) - l) / s) s + l`` with ``s = (u - l) / (2^b - 1)``."""
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError

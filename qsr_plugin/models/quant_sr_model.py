@@ -24,8 +24,8 @@ from qsr_plugin.data.patches import run_in_patches
 from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.models.finite import first_non_finite
 from qsr_plugin.models.run_state import RunState
-from qsr_plugin.options_file import OptionsError
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
+from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import Recipe
 from qsr_plugin.quant.surgery import quantizers, tap
@@ -53,12 +53,14 @@ class QuantSRModel(RunState, SRModel):
             raise OptionsError("QuantSRModel trains on several GPUs with torchrun and --launcher pytorch only")
         if opt["network_g"]["type"] != "QuantNet":
             kind = opt["network_g"]["type"]
-            raise OptionsError(f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone")
+            raise OptionsError(
+                f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone"
+            )
         super().__init__(opt)
         if not self.is_train:
             self._prepare_network()
 
-    # -- building -----------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------------------------
 
     @property
     def net(self) -> nn.Module:
@@ -86,7 +88,8 @@ class QuantSRModel(RunState, SRModel):
             )
         if problems:
             raise checkpoint.CheckpointError(
-                f"path.pretrain_network_g: {load_path} does not fit recipe and backbone:\n  " + "\n  ".join(problems[:8])
+                f"path.pretrain_network_g: {load_path} does not fit recipe and backbone:\n  "
+                + "\n  ".join(problems[:8])
             )
         net.load_state_dict(state)
         logger.info("Loaded %d of %d keys from %s [%s].", len(state), len(state), load_path, param_key)
@@ -150,7 +153,7 @@ class QuantSRModel(RunState, SRModel):
         self.optimizer_g = self.get_optimizer(kind, groups, **options)
         self.optimizers.append(self.optimizer_g)
 
-    # -- training -----------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def _enter_stage(self, index: int, *, set_learning_rates: bool = True) -> None:
         self.schedule.apply(index, self.net)
@@ -215,7 +218,9 @@ class QuantSRModel(RunState, SRModel):
         return losses
 
     def _check_finite(self, current_iter: int) -> None:
-        bad = [name for name, value in self.log_dict.items() if value != value or value in (float("inf"), -float("inf"))]
+        bad = [
+            name for name, value in self.log_dict.items() if value != value or value in (float("inf"), -float("inf"))
+        ]
         if not bad:
             return
         where = first_non_finite(self.net, self.lq, self.gt, self._paths)
@@ -233,7 +238,7 @@ class QuantSRModel(RunState, SRModel):
         for (_, averaged), (_, quantizer) in zip(quantizers(self.net_g_ema), quantizers(self.net)):
             averaged.follow(quantizer)
 
-    # -- validation ---------------------------------------------------------------------------------------------------
+    # -- validation --------------------------------------------------------------------------------------------------
 
     def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
         """Validate as the host does, with random states left as they were, and log FAB."""

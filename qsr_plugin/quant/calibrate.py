@@ -105,5 +105,3 @@ def float_forward(net: nn.Module, x: Tensor) -> Tensor:
     """Output of the float network inside a quantized one: all quantizers off, same weights."""
     with float_mode():
         return net(x)
-
-

@@ -16,7 +16,7 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str
 
     Args:
         error: What pydantic raised.
-        model: The model that refused. A class below it may have ``option_names(value)`` to say which keys go with a value.
+        model: The model that refused. A class below it may have ``option_names(value)``: the keys that go with a value.
         data: What it refused.
         root: What paths start with.
     """
@@ -24,7 +24,9 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str
     for item in error.errors(include_url=False):
         where = root + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(model, data, item['loc'][:-1]))}")
+            lines.append(
+                f"{where}: unknown key. {suggest(str(item['loc'][-1]), _fields_at(model, data, item['loc'][:-1]))}"
+            )
         elif item["type"] == "missing":
             lines.append(f"{where}: required, but not given")
         else:

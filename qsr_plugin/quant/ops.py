@@ -2,8 +2,8 @@
 
 Every uniform quantizer of the package is one call of :func:`fake_quantize`. Its gradient rules are those of a
 straight-through rounding between clipped bounds (Bengio et al., arXiv 1308.3432), written for general bounds and step:
-a trained max scale (Li et al., ECCV 2020), a learned step (Esser et al., ICLR 2020) and learned asymmetric bounds follow
-from them by the chain rule, because bounds and span are ordinary differentiable tensors for the caller.
+a trained max scale (Li et al., ECCV 2020), a learned step (Esser et al., ICLR 2020) and learned asymmetric bounds
+follow from them by the chain rule, because bounds and span are ordinary differentiable tensors for the caller.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def fake_quantize(
     anchor: Tensor | None = None,
     ties: Ties = "inside",
 ) -> Tensor:
-    """Quantize to a uniform grid and back: ``anchor + s * clip(round((x - anchor) / s), qmin, qmax)``, ``s = span / steps``.
+    """Quantize to a uniform grid and back.
+
+    ``x_q = anchor + s * clip(round((x - anchor) / s), qmin, qmax)`` with ``s = span / steps``.
 
     The step is given as a stretch of the axis and the number of steps in it, so that ``x * steps / span`` falls on the
     same side of a rounding tie as the formulas of the papers. Rounding is half to even. Arithmetic is done in at least

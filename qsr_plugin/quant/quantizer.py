@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
 
     Attributes:
         site: Dotted name of the place, for messages; set when the network is quantized.
-        counts_in_fab: Whether the feature average bit width counts this place (first and last layers at fixed bits do not).
+        counts_in_fab: Whether the feature average bit width counts this place; layers at bits of their own do not.
         bits_span: Smallest and largest bit width this class can do.
     """
 
@@ -109,7 +109,7 @@ class Quantizer(nn.Module):
             )
         return self.quantize(x, self.candidates[0] if bits is None and len(self.candidates) == 1 else bits)
 
-    # -- what a method writes -----------------------------------------------------------------------------------------
+    # -- what a method writes ----------------------------------------------------------------------------------------
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize with a set range; see :meth:`forward`."""
@@ -149,7 +149,7 @@ class Quantizer(nn.Module):
         """Bits that a stored model spends on this quantizer besides the quantized values: 32 per range number."""
         return 32 * sum(p.numel() for p in self.range_parameters())
 
-    # -- calibration --------------------------------------------------------------------------------------------------
+    # -- calibration -------------------------------------------------------------------------------------------------
 
     def begin_calibration(self) -> None:
         """Start observing; quantization is off until :meth:`end_calibration`."""
@@ -192,7 +192,9 @@ class Quantizer(nn.Module):
             return
         low, high = found
         if bool(high <= low):
-            logger.warning("%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high)
+            logger.warning(
+                "%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high
+            )
         with torch.no_grad():
             self.set_range(low, high)
         self.mark_calibrated()
@@ -215,7 +217,7 @@ class Quantizer(nn.Module):
         """Switch range tracking on (weight of the past, 0 = latest batch only) or off (``None``)."""
         self._tracking = momentum
 
-    # -- helpers ------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def expand(self, bits: int | Tensor, x: Tensor) -> int | Tensor:
         """Bit widths ready to be broadcast over ``x``: ints stay, ``(N,)`` becomes ``(M, 1, ..., 1)``."""

@@ -208,7 +208,7 @@ class Recipe(_Strict):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_folder() -> Path:
@@ -238,8 +238,8 @@ def load_recipe(
     """Read and validate a recipe.
 
     Args:
-        source: Name of a shipped recipe (see :func:`list_methods`), path of a YAML file, a mapping, or a recipe. A mapping may name
-            a shipped recipe as ``base`` and only say what differs.
+        source: Name of a shipped recipe (see :func:`list_methods`), path of a YAML file, a mapping, or a recipe. A
+            mapping may name a shipped recipe as ``base`` and only say what differs.
         weight_bits: Bit width of weights, 2 to 16, or 32 for float.
         act_bits: Bit width of activations, or the candidates of a bit policy.
         **overrides: Further keys of the recipe, e.g. ``placement="full"``; mappings are merged, lists replaced.
@@ -268,7 +268,9 @@ def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in (".yml", ".yaml"):
         if not path.is_file():
-            raise RecipeError(f"recipe file '{path}' does not exist; give a file or one of: {', '.join(list_methods())}")
+            raise RecipeError(
+                f"recipe file '{path}' does not exist; give a file or one of: {', '.join(list_methods())}"
+            )
     elif (path := recipe_folder() / f"{source}.yml").is_file() is False:
         raise RecipeError(f"unknown recipe '{source}'. {suggest(str(source), list_methods())} Or give a .yml file.")
     try:

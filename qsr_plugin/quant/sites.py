@@ -170,7 +170,7 @@ _SITE_CLASSES: dict[type, type[Site]] = {nn.Conv2d: QuantConv2d, nn.Linear: Quan
 
 
 def register_site_class(float_class: type, site_class: type[Site]) -> None:
-    """Use ``site_class`` for exact instances of ``float_class``; it must be a subclass of both Site and the float class.
+    """Use ``site_class``, a subclass of both Site and ``float_class``, for exact instances of ``float_class``.
 
     Raises:
         TypeError: If it is not.

@@ -140,9 +140,7 @@ def _places_of_rule(
             raise RecipeError(f"{where}: '{pattern}'{kind} matches no module of {backbone}. Near: {', '.join(near)}.")
 
 
-def _place(
-    recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module, port: str, where: str
-) -> Place:
+def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module, port: str, where: str) -> Place:
     if rule.keep_float:
         return Place(name, module, port, number, None)
     try:
@@ -223,7 +221,7 @@ def _parts(recipe: Recipe, place: Place, channel_axis: int) -> tuple[Quantizer, 
     return quantizer, policy(policy.Options(**options), candidates)
 
 
-# -- looking at a quantized network ---------------------------------------------------------------------------------------
+# -- looking at a quantized network ----------------------------------------------------------------------------------
 
 
 def sites(net: nn.Module) -> Iterator[tuple[str, Site]]:

@@ -293,4 +293,3 @@ def _site_cost(name: str, module: nn.Module, use: _Use, bits: dict[str, float], 
 
 def _float_class(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, (Site, RecordingRoot)))
-

@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.quant.builders import NAMES, bounds, build, data
+from qsr_plugin.archs.roles import list_backbones
 from torch import Tensor
 
-from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer
 from qsr_plugin.methods.pams import PAMSQuantizer
 from qsr_plugin.models.finite import first_non_finite
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
+from tests.quant.builders import NAMES, bounds, build, data
 
 every = pytest.mark.parametrize("name", NAMES)
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from qsr_plugin.archs.roles import list_backbones
 from torch import Tensor, nn
 
-from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, list_methods, load_recipe
 from qsr_plugin.quant.sites import Site

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.srresnet_arch import MSRResNet
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from qsr_plugin import checkpoint
 from qsr_plugin.archs.describe import describe_backbone
 from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
 from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.archs.srresnet_arch import SRResNet
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qsr_plugin import checkpoint
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights, load_quantized, save_quantized, save_torch
 from qsr_plugin.quant.calibrate import calibrate, float_forward
 from qsr_plugin.quant.recipe import list_methods, load_recipe

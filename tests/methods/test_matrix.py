@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qsr_plugin.archs.roles import list_backbones
 from torch import nn
 
-from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qsr_plugin.archs.roles import list_backbones
 from torch import Tensor, nn
 
-from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.quant.calibrate import calibrate, calibrating, image_batches
 from qsr_plugin.quant.quantizer import NotCalibratedError
 from qsr_plugin.quant.recipe import load_recipe
@@ -63,7 +63,7 @@ def test_weight_ranges_come_from_the_weights(tiny_net, images) -> None:
 def test_a_folder_a_loader_and_dicts_of_the_host_give_the_same_ranges(tiny_net, folder: Path) -> None:
     batches = list(image_batches(folder))
     assert [tuple(batch.shape) for batch in batches] == [(1, 3, 7, 10), (1, 3, 8, 8), (1, 3, 9, 6)]
-    assert all(0 <= float(batch.min()) and float(batch.max()) <= 1 for batch in batches)
+    assert all(float(batch.min()) >= 0 and float(batch.max()) <= 1 for batch in batches)
     loader = torch.utils.data.DataLoader([{"lq": batch[0], "lq_path": "x"} for batch in batches], batch_size=1)
     sources = [folder, str(folder), batches, iter(batches), loader, ({"lq": batch} for batch in batches)]
     found = [ranges(calibrate(quantize_model(tiny_net(), "percentile"), source)) for source in sources]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.quant.builders import ACT_NAMES, build, data
 
 every = pytest.mark.parametrize("name", ACT_NAMES)

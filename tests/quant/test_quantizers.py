@@ -6,10 +6,16 @@ import copy
 
 import pytest
 import torch
-from tests.quant.builders import ACT_NAMES, NAMES, bounds, build, data
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsr_plugin.quant.quantizer import QUANTIZERS, NotCalibratedError, StrictOptions, quantizer_class, register_quantizer
+from qsr_plugin.quant.quantizer import (
+    QUANTIZERS,
+    NotCalibratedError,
+    StrictOptions,
+    quantizer_class,
+    register_quantizer,
+)
+from tests.quant.builders import ACT_NAMES, NAMES, bounds, build, data
 
 BITS = (2, 3, 4, 8)
 every = pytest.mark.parametrize("name", NAMES)

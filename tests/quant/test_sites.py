@@ -15,8 +15,16 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.policy import FixedBits
 from qsr_plugin.quant.quantizer import StrictOptions
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.sites import MatMul, PortSite, QuantConv2d, QuantLinear, QuantMatMul, derived_class
-from qsr_plugin.quant.sites import register_site_class, site_class_for
+from qsr_plugin.quant.sites import (
+    MatMul,
+    PortSite,
+    QuantConv2d,
+    QuantLinear,
+    QuantMatMul,
+    derived_class,
+    register_site_class,
+    site_class_for,
+)
 from qsr_plugin.quant.surgery import quantize_model
 
 

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 import torch
+from qsr_plugin.archs.roles import list_backbones
 from torch import nn
 
-from qsr_plugin.archs.roles import list_backbones
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, list_methods, load_recipe
 from qsr_plugin.quant.surgery import find_places, plugin_keys, quantize_model, quantizers, roles_of, sites, tap
