@@ -58,12 +58,12 @@ def step(number: int, text: str) -> Iterator[None]:
 def prepare(folders: demo.Folders) -> None:
     """Photos, the two databases of the training, and the test images."""
     demo.write_photos(folders)
-    console.print(f"   training photos: {', '.join(demo.TRAIN_PHOTOS)}")
-    console.print(f"   test photos, not trained on: {', '.join(demo.TEST_PHOTOS)}")
+    console.print(f"   train on {', '.join(demo.TRAIN_PHOTOS)}")
+    console.print(f"   test on  {', '.join(demo.TEST_PHOTOS)}")
     report = build_lmdb_pair(
         folders.train, folders.data, demo.SCALE, sub_image=192, step=96, shrink=(1.0, 0.6), overwrite=True, progress=True
     )
-    console.print(f"   {report.sub_images} pairs of sub-images in {report.gt} and {report.lq}", soft_wrap=True)
+    console.print(f"   {report.sub_images} pairs of sub-images in {report.gt} and {report.lq.name}", soft_wrap=True)
 
 
 def float_network(options: dict[str, Any], weights: Path) -> nn.Module:
@@ -94,9 +94,10 @@ def train(options: dict[str, Any], folders: demo.Folders) -> nn.Module:
         task = bar.add_task("starting", total=total, note="")
 
         def watch(seen: demo.Step) -> None:
-            if seen.psnr is not None:
-                bar.console.print(f"   after {int(bar.tasks[0].completed)} iterations: {seen.psnr:.2f} dB")
-            else:
+            done = int(bar.tasks[task].completed)
+            if seen.psnr is not None and done < total:
+                bar.console.print(f"   after {done} iterations: {seen.psnr:.2f} dB")
+            elif seen.psnr is None:
                 bar.update(task, completed=seen.iteration, description="training", note=f"loss {seen.loss:.4f}")
 
         trained = demo.train(options, folders, watch)
@@ -116,14 +117,17 @@ def report(results: Results) -> None:
     table = results_table(results.rows, title=f"{len(demo.TEST_PHOTOS)} test photos, x{demo.SCALE}")
     plain = results.score(bicubic)
     table.add_section()
-    table.add_row("no network: bicubic", f"{plain.psnr:.2f}", f"{plain.ssim:.4f}", "-", "-", "-", style="dim")
+    table.add_row("bicubic, no network", f"{plain.psnr:.2f}", f"{plain.ssim:.4f}", "-", "-", "-", style="dim")
     for path in list_images(folders.hr):
         lr = read_rgb(folders.lr / path.name)
         images = {label: super_resolve(net, lr) for label, net in {"bicubic": bicubic, **results.nets}.items()}
-        save_crops(folders.pictures / path.name, read_rgb(path), images, demo.SCALE)
+        box = demo.TEST_PHOTOS[path.stem]
+        save_crops(folders.pictures / path.name, read_rgb(path), images, demo.SCALE, box=box)
     data = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in results.rows.items()}
     write_json(data, folders.root / "results.json")
     console.print(table)
+    console.print("FAB: average bits of the quantized activations. PAMS quantizes the path around each block as well;")
+    console.print("the other two leave it in float. Size: with weights packed to their bits.")
 
 
 def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
@@ -142,7 +146,7 @@ def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
         net = calibrated(options, weights, recipe, folders.models / "percentile_w4a4.safetensors")
         results.add("percentile W4A4", net)
         recipe = load_recipe(options["network_g"]["recipe"])
-        results.add("PAMS W4A4", calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors"))
+        results.add("PAMS W4A4, calibrated", calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors"))
     with step(5, f"4 bits: PAMS, trained for {options['train']['total_iter']} iterations"):
         results.add("PAMS W4A4, trained", train(options, folders))
     with step(6, "Comparison"):
@@ -160,13 +164,13 @@ def main(
         compat.import_host()
         run(folders, weights or demo.packaged_weights(), iters)
     except (UserError, ValueError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"\nerror: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     places = {"pictures": folders.pictures, "networks": folders.models, "figures": folders.root / "results.json"}
     console.print(f"\n[bold]Done[/bold] in {(time.perf_counter() - start) / 60:.1f} minutes.")
     for name, place in places.items():
         console.print(f"   {name}: {place.resolve()}", soft_wrap=True)
-    console.print("   The files of the networks hold float weights and ranges; 'Size' is what the packed bits take.")
+    console.print("   (the files hold the weights in float, ready to be trained further)")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class PAMSQuantizer(Quantizer):
         if self.alpha.dim() == 0:
             return self.alpha, self.expand(bits, x)
         if not isinstance(bits, Tensor):
+            if bits not in self.candidates:
+                raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
             return self.alpha[self.candidates.index(bits)], bits
         # Bits that carry a gradient are floats, and may be a rounding error beside their candidate.
         table = torch.tensor(self.candidates, device=bits.device)

@@ -17,7 +17,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
-from qsr_plugin import checkpoint
+from qsr_plugin import checkpoint, compat
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.patches import run_in_patches
@@ -111,10 +111,10 @@ class QuantSRModel(RunState, SRModel):
 
     def init_training_settings(self) -> None:
         """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
+        self.losses = self._build_losses()
         self._prepare_network()
         self.schedule = StageSchedule(self.recipe.stages, self.opt["train"]["optim_g"]["lr"])
         self.stage_index = -1
-        self.losses = self._build_losses()
         self.teacher = self._build_teacher() if any(loss.needs_teacher for loss in self.losses.values()) else None
         super().init_training_settings()
         self._enter_stage(0)
@@ -122,6 +122,7 @@ class QuantSRModel(RunState, SRModel):
     def _build_losses(self) -> dict[str, StepLoss]:
         losses: dict[str, StepLoss] = {}
         for spec in self.recipe.losses:
+            compat.require_registered("loss", spec.type)
             losses[f"l_{spec.type.lower()}"] = build_loss({"type": spec.type, **spec.extras()}).to(self.device)
         for loss in losses.values():
             for place in loss.taps:

@@ -67,6 +67,8 @@ def calibrate(net: nn.Module, images: Union[str, Path, Iterable[Tensor]]) -> nn.
     count = 0
     with calibrating(net):
         for batch in image_batches(images):
+            if count == 0 and float(batch.max()) > 2:
+                logger.warning("calibration values reach %g; images are expected as RGB in [0, 1]", batch.max())
             net(batch.to(device))
             count += batch.shape[0]
         if count == 0:
@@ -99,9 +101,3 @@ def _checked(batch: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(batch).all()):
         raise ValueError(f"calibration {name} holds NaN or infinity: remove or repair it")
     return batch
-
-
-def float_forward(net: nn.Module, x: Tensor) -> Tensor:
-    """Output of the float network inside a quantized one: all quantizers off, same weights."""
-    with float_mode():
-        return net(x)

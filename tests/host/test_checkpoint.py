@@ -17,7 +17,8 @@ from torch import nn
 
 from qsr_plugin import checkpoint
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights, load_quantized, save_quantized, save_torch
-from qsr_plugin.quant.calibrate import calibrate, float_forward
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.record import float_mode
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers
 
@@ -148,7 +149,8 @@ def test_float_weights_in_every_layout(tiny_net, images, tmp_path, caplog, quant
     assert count == len(source.state_dict())
     assert f"loaded {count} of {count} keys of the float network" in caplog.text
     with torch.no_grad():
-        assert torch.equal(float_forward(net, images[0]), source(images[0]))
+        with float_mode():
+            assert torch.equal(net(images[0]), source(images[0]))
 
 
 def test_params_can_be_preferred_and_safetensors_are_read(tiny_net, tmp_path) -> None:

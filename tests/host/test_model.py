@@ -204,6 +204,11 @@ def test_options_that_cannot_work_are_refused(data: Path, tmp_path: Path, change
         model_of(data, tmp_path, **changes)
 
 
+def test_misspelt_loss_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(compat.NotRegisteredError, match="Did you mean 'SKTLoss'"):
+        model_of(data, tmp_path, recipe={"losses": [{"type": "SKTLos"}]})
+
+
 def test_distillation_compares_with_the_float_network(data: Path, tmp_path: Path, float_file: Path) -> None:
     path = {"pretrain_network_float": str(float_file)}
     model = model_of(data, tmp_path, path=path, recipe={"losses": [{"type": "SKTLoss", "loss_weight": 5.0}]})
