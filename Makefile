@@ -42,6 +42,7 @@ help:
 install: $(VENV)/plugin-installed
 
 demo: install
+	@echo "== starting the demo"
 	@$(VENV)/bin/python tools/demo.py
 
 test: install

@@ -194,8 +194,8 @@ def require_registered(kind: str, name: str) -> None:
         name: The ``type`` an option file asks for.
 
     Raises:
-        NotRegisteredError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use and
-            the import that may be missing.
+        NotRegisteredError: Nothing of that name is registered; the message gives close names, the ``basicsr`` in use
+            and the import that may be missing.
     """
     registry = getattr(import_host("basicsr.utils.registry"), f"{kind.upper()}_REGISTRY")
     known = list(registry.keys())

@@ -1,4 +1,4 @@
-"""Parts of the demonstration ``tools/demo.py``: free photos, its options, and a training that is watched through its log."""
+"""Parts of the demonstration ``tools/demo.py``: free photos, its options, and a training watched through its log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsr_plugin import compat
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.resize import downscale
 from qsr_plugin.errors import UserError
@@ -200,8 +199,8 @@ def train(options: dict[str, Any], folders: Folders, watch: Callable[[Step], Non
     write_options(options, root / "train.yml")
     command = [sys.executable, "-m", "qsr_plugin.train", "-opt", "train.yml"]
     tail: deque[str] = deque(maxlen=_TAIL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with open(root / "train.log", "w", encoding="utf-8") as log, subprocess.Popen(command, cwd=root, **pipes) as process:
+    how = {"cwd": root, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with open(root / "train.log", "w", encoding="utf-8") as log, subprocess.Popen(command, **how) as process:
         try:
             for line in process.stdout:
                 log.write(line)

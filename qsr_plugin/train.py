@@ -19,6 +19,7 @@ from typing import Any, Optional
 from qsr_plugin import compat
 from qsr_plugin.checkpoint import CheckpointError, read_file
 from qsr_plugin.errors import UserError
+from qsr_plugin.memory import keep_freed_memory
 from qsr_plugin.options_file import OptionsError, load_options, write_options
 
 logger = logging.getLogger("basicsr")
@@ -168,6 +169,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
             compat.require_registered("model", str(options.get("model_type")))
             compat.require_registered("arch", str(options.get("network_g", {}).get("type")))
             refuse_bad_data(options)
+            keep_freed_memory()
             if pipeline == "train":
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")

@@ -12,7 +12,23 @@ import qsr_plugin
 from qsr_plugin import list_backbones
 
 ROOT = Path(qsr_plugin.__file__).parent
-METHODS = "pams linq dorefa lsq daq ddtb fqsr quantsr odm cadyq cabm adabm granular ptq4sr 2dquant".split()
+METHODS = [
+    "pams",
+    "linq",
+    "dorefa",
+    "lsq",
+    "daq",
+    "ddtb",
+    "fqsr",
+    "quantsr",
+    "odm",
+    "cadyq",
+    "cabm",
+    "adabm",
+    "granular",
+    "ptq4sr",
+    "2dquant",
+]
 #: Folders in the order in which they may import one another.
 LAYERS = ["quant", "methods", "losses", "data", "report", "models"]
 
@@ -31,7 +47,9 @@ def test_methods_name_no_backbone(path: Path) -> None:
 def test_core_knows_neither_host_nor_models(folder: Path) -> None:
     for path in (ROOT / folder).glob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = [alias.name for node in top for alias in node.names] + [getattr(node, "module", "") or "" for node in top]
+        names = [alias.name for node in top for alias in node.names] + [
+            getattr(node, "module", "") or "" for node in top
+        ]
         later = LAYERS[LAYERS.index(folder) + 1 :]
         assert not [n for n in names if n.startswith(("basicsr", *(f"qsr_plugin.{layer}" for layer in later)))], path
 
@@ -46,4 +64,6 @@ def test_files_are_short() -> None:
 
 def test_no_devices_prints_or_unsafe_readers_in_library_code() -> None:
     bad = re.compile(r"\.cuda\(\)|cuda:0|^\s*print\(|yaml\.load\(|torch\.load\((?!.*weights_only=True)", re.MULTILINE)
-    assert {str(path): bad.findall(path.read_text()) for path in ROOT.rglob("*.py") if bad.search(path.read_text())} == {}
+    assert {
+        str(path): bad.findall(path.read_text()) for path in ROOT.rglob("*.py") if bad.search(path.read_text())
+    } == {}

@@ -1,4 +1,4 @@
-"""Everything once, in a few minutes on a CPU: photos -> LMDB -> float -> 8 bits -> 4 bits -> 4 bits trained -> report."""
+"""Everything once, in minutes on a CPU: photos -> LMDB -> float -> 8 bits -> 4 bits -> 4 bits trained -> report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from qsr_plugin import Recipe, calibrate, compat, complexity, load_quantized, load_recipe, quantize_model, save_quantized
-from qsr_plugin import demo
+from qsr_plugin import (
+    Recipe,
+    calibrate,
+    compat,
+    complexity,
+    demo,
+    load_quantized,
+    load_recipe,
+    quantize_model,
+    save_quantized,
+)
 from qsr_plugin.checkpoint import load_float_weights
 from qsr_plugin.data.build import build_lmdb_pair
 from qsr_plugin.data.images import list_images, read_rgb
@@ -60,9 +69,8 @@ def prepare(folders: demo.Folders) -> None:
     demo.write_photos(folders)
     console.print(f"   train on {', '.join(demo.TRAIN_PHOTOS)}")
     console.print(f"   test on  {', '.join(demo.TEST_PHOTOS)}")
-    report = build_lmdb_pair(
-        folders.train, folders.data, demo.SCALE, sub_image=192, step=96, shrink=(1.0, 0.6), overwrite=True, progress=True
-    )
+    cuts = {"sub_image": 192, "step": 96, "shrink": (1.0, 0.6)}
+    report = build_lmdb_pair(folders.train, folders.data, demo.SCALE, **cuts, overwrite=True, progress=True)
     console.print(f"   {report.sub_images} pairs of sub-images in {report.gt} and {report.lq.name}", soft_wrap=True)
 
 
@@ -123,11 +131,12 @@ def report(results: Results) -> None:
         images = {label: super_resolve(net, lr) for label, net in {"bicubic": bicubic, **results.nets}.items()}
         box = demo.TEST_PHOTOS[path.stem]
         save_crops(folders.pictures / path.name, read_rgb(path), images, demo.SCALE, box=box)
-    data = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in results.rows.items()}
-    write_json(data, folders.root / "results.json")
+    rows = results.rows.items()
+    figures = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in rows}
+    write_json(figures, folders.root / "results.json")
     console.print(table)
-    console.print("FAB: average bits of the quantized activations. PAMS quantizes the path around each block as well;")
-    console.print("the other two leave it in float. Size: with weights packed to their bits.")
+    console.print("FAB: average bits of the quantized activations. Size: with weights packed.")
+    console.print("PAMS also quantizes the path around each block, the other two leave it float.")
 
 
 def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
@@ -146,7 +155,8 @@ def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
         net = calibrated(options, weights, recipe, folders.models / "percentile_w4a4.safetensors")
         results.add("percentile W4A4", net)
         recipe = load_recipe(options["network_g"]["recipe"])
-        results.add("PAMS W4A4, calibrated", calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors"))
+        net = calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors")
+        results.add("PAMS W4A4, calibrated", net)
     with step(5, f"4 bits: PAMS, trained for {options['train']['total_iter']} iterations"):
         results.add("PAMS W4A4, trained", train(options, folders))
     with step(6, "Comparison"):

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from qsr_plugin import calibrate, compat, load_recipe, quantize_model
+from qsr_plugin.memory import keep_freed_memory
 
 
 def make_step(net: torch.nn.Module, lq: torch.Tensor, gt: torch.Tensor) -> Callable[[], None]:
@@ -55,6 +56,7 @@ def main(
 ) -> None:
     """Compare the training step of EDSR-baseline (16 blocks x 64 features, x4) with and without quantizers."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the training entry does
     compat.import_host()
     from qsr_plugin.archs.quant_net_arch import build_backbone
 

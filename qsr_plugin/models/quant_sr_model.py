@@ -154,6 +154,21 @@ class QuantSRModel(RunState, SRModel):
         self.optimizer_g = self.get_optimizer(kind, groups, **options)
         self.optimizers.append(self.optimizer_g)
 
+    def setup_schedulers(self) -> None:
+        """The host's schedulers.
+
+        Raises:
+            OptionsError: For arguments the scheduler does not take.
+        """
+        options = dict(self.opt["train"]["scheduler"])
+        try:
+            super().setup_schedulers()
+        except TypeError as error:
+            raise OptionsError(
+                f"train.scheduler {options}: {error}. If a _base_ file names another scheduler, its arguments are "
+                "merged in; write _delete_: true beside yours to drop them."
+            ) from None
+
     # -- training ----------------------------------------------------------------------------------------------------
 
     def _enter_stage(self, index: int, *, set_learning_rates: bool = True) -> None:

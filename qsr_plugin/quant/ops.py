@@ -159,7 +159,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
         wide = grad.to(ctx.wide)
-        inside, below = (wide, None) if upper is None else _inside_weight(x, lower, upper, ctx.ties)
+        inside, side = (wide, None) if upper is None else _shares(x, lower, upper, ctx.ties)
         if upper is not None:
             inside.mul_(wide)
         grad_span = grad_steps = grad_lower = grad_upper = None
@@ -168,12 +168,8 @@ class _FakeQuantize(torch.autograd.Function):
         if need_steps:
             grad_steps = -_reduce(inside, error, steps) / steps
         if need_lower or need_upper:
-            # Signs, not values, tell the sides: a dead range may be 1e-12 wide and its data a billion times larger.
-            outside = wide - inside
-            if ctx.ties != "inside":
-                below.sub_(0.5).sign_()  # what lies on the upper bound belongs to it
-            total, sided = outside.sum_to_size(upper.shape), _reduce(outside, below, upper)
-            grad_upper, grad_lower = (total - sided) * 0.5, (total + sided) * 0.5
+            sided, total = _reduce(wide, side, upper), _reduce(wide, side.abs_(), upper)
+            grad_upper, grad_lower = (total + sided) * 0.5, (total - sided) * 0.5
         grad_x = inside.to(grad.dtype) if need_x else None
         return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None
 
@@ -183,13 +179,19 @@ def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:
     return (qmin if isinstance(qmin, Tensor) else torch.full_like(qmax, qmin)), qmax
 
 
-def _inside_weight(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor, Tensor]:
-    """1 inside the bounds, 0 outside, and 1, 1/2 or 0 on a bound; and the sign of ``upper - x``."""
-    weight, below = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
-    weight.add_(below)  # 2 inside, 1 on a bound, 0 outside
+def _shares(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor, Tensor]:
+    """How far each element counts as inside (0 to 1), and how far as above (positive) or below (negative).
+
+    Only signs of differences are used: a dead range may be 1e-12 wide and its data a billion times larger.
+    """
+    inside, side = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
+    inside.add_(side)  # 2 inside, 1 on a bound, 0 outside
+    side.mul_(-2).add_(inside)  # 0 inside, +-1 on a bound, +-2 outside
     if ties == "split":
-        return weight.mul_(0.5), below
-    return (weight.clamp_(max=1.0) if ties == "inside" else weight.sub_(1.0).clamp_(min=0.0)), below
+        return inside.mul_(0.5), side.mul_(0.5)
+    if ties == "inside":
+        return inside.clamp_(max=1.0), side.mul_(0.5).trunc_()
+    return inside.sub_(1.0).clamp_(min=0.0), side.clamp_(-1.0, 1.0)
 
 
 def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:

@@ -78,10 +78,10 @@ class _Index:
     def matching(self, pattern: str, kind: Optional[str]) -> Iterator[tuple[str, nn.Module]]:
         regex, seen = _wildcard(pattern), set()
         for name, module in self.modules.items():
-            if regex.fullmatch(name) and id(module) not in seen:
-                if kind is None or kind in {cls.__name__ for cls in type(module).__mro__}:
-                    seen.add(id(module))
-                    yield self.first[id(module)], module
+            fits = kind is None or kind in {cls.__name__ for cls in type(module).__mro__}
+            if fits and regex.fullmatch(name) and id(module) not in seen:
+                seen.add(id(module))
+                yield self.first[id(module)], module
 
 
 def _wildcard(pattern: str) -> re.Pattern[str]:

@@ -48,7 +48,7 @@ def refusal(path: Path) -> str:
     return str(error.value)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -90,7 +90,11 @@ def test_torchscript_is_named(tmp_path: Path) -> None:
         ("empty.pth", b"", "is empty (zero bytes)"),
         ("page.pth", b"\n<!DOCTYPE html><html></html>", "is an HTML or XML page (a failed download?)"),
         ("net.onnx", b"\x08\x0a\x12\x07pytorch", "is an ONNX model"),
-        ("text.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the file itself"),
+        (
+            "text.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer, not the file itself",
+        ),
         ("note.pth", b"just some text\n", "is no PyTorch file, or damaged"),
         ("noise.pth", bytes(range(256)) * 8, "get or save it again"),
         ("cut.pth", b"PK\x03\x04" + b"\0" * 100, "or damaged or cut short"),
@@ -120,7 +124,14 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"params": {}}, {"epoch": 3}, {"state_dict": {"w": torch.ones(1)}}, {"w": torch.ones(1), "step": 3}, {0: torch.ones(1)}],
+    [
+        {},
+        {"params": {}},
+        {"epoch": 3},
+        {"state_dict": {"w": torch.ones(1)}},
+        {"w": torch.ones(1), "step": 3},
+        {0: torch.ones(1)},
+    ],
 )
 def test_files_without_a_state_dict(tmp_path: Path, content: dict) -> None:
     torch.save(content, tmp_path / "net.pth")
@@ -140,7 +151,9 @@ def saved(tiny_net, tmp_path: Path):
 
     def write(**changes: str | None) -> Path:
         metadata = {**metadata_of(net), **changes}
-        save_file(dict(net.state_dict()), tmp_path / "q.safetensors", {k: v for k, v in metadata.items() if v is not None})
+        save_file(
+            dict(net.state_dict()), tmp_path / "q.safetensors", {k: v for k, v in metadata.items() if v is not None}
+        )
         return tmp_path / "q.safetensors"
 
     return write
@@ -194,7 +207,7 @@ def test_any_bytes_give_a_checkpoint_error(tmp_path: Path, content: bytes, suffi
         read_file(path)
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-# -- ranges of no width -----------------------------------------------------------------------------------------------------
+# -- ranges of no width ----------------------------------------------------------------------------------------------
 
 
 @every
@@ -81,7 +81,7 @@ def test_flat_images_of_any_size_are_super_resolved(tiny_net, images, method: st
     assert finite(net(images[0]))
 
 
-# -- learned ranges ---------------------------------------------------------------------------------------------------------
+# -- learned ranges --------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -120,7 +120,7 @@ def test_training_with_an_absurd_learning_rate_keeps_all_ranges_legal(tiny_net, 
         assert finite(net(batch))
 
 
-# -- NaN and infinity ---------------------------------------------------------------------------------------------------------
+# -- NaN and infinity ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -161,7 +161,7 @@ def test_the_first_bad_place_of_a_training_step_is_named(tiny_net, images) -> No
     assert first_non_finite(net, images[0], gt / 0, ["a.png"]) == "GT image a.png, number 1"
 
 
-# -- rounding ---------------------------------------------------------------------------------------------------------------
+# -- rounding --------------------------------------------------------------------------------------------------------
 
 
 def test_half_way_values_go_to_the_even_code() -> None:

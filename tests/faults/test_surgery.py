@@ -26,7 +26,7 @@ def refused(net: nn.Module, *rules: dict, **changes: object) -> str:
     return str(error.value)
 
 
-# -- recipes that do not fit ----------------------------------------------------------------------------------------------
+# -- recipes that do not fit -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_taps_come_after_quantizing(tiny_net) -> None:
         quantize_model(tap(tiny_net(), "features", "f"), "pams")
 
 
-# -- unusual networks -------------------------------------------------------------------------------------------------------
+# -- unusual networks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", list_backbones())
@@ -142,7 +142,9 @@ def test_in_place_addition_on_a_quantized_result_trains(tiny_net, images) -> Non
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_batch_norm_after_a_quantized_convolution_sees_that_convolutions_result(tiny_net, images, training: bool) -> None:
+def test_batch_norm_after_a_quantized_convolution_sees_that_convolutions_result(
+    tiny_net, images, training: bool
+) -> None:
     net = calibrate(quantize_model(tiny_net("SRResNet", num_block=1), "pams"), images).train(training)
     block, seen = net.body[0], {}
     block.conv1.register_forward_hook(lambda module, args, out: seen.update(x=args[0].detach(), y=out.detach().clone()))

@@ -26,7 +26,9 @@ def write_photos(folder: Path, count: int, side: int = 64, seed: int = 0) -> Pat
     for number in range(count):
         coarse = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
         photo = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
-        cv2.rectangle(photo, (side // 4, side // 4), (side // 2, side // 2), tuple(map(int, rng.integers(0, 256, 3))), -1)
+        cv2.rectangle(
+            photo, (side // 4, side // 4), (side // 2, side // 2), tuple(map(int, rng.integers(0, 256, 3))), -1
+        )
         cv2.imwrite(str(folder / f"photo{number}.png"), photo)
     return folder
 

@@ -18,8 +18,8 @@ from torch import nn
 from qsr_plugin import checkpoint
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights, load_quantized, save_quantized, save_torch
 from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.record import float_mode
 from qsr_plugin.quant.recipe import list_methods, load_recipe
+from qsr_plugin.quant.record import float_mode
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers
 
 backbones = pytest.mark.parametrize("backbone", list_backbones())
@@ -30,7 +30,7 @@ def same_output(a: nn.Module, b: nn.Module, x: torch.Tensor) -> bool:
         return torch.equal(a.eval()(x), b.eval()(x))
 
 
-# -- quantized networks -------------------------------------------------------------------------------------------------------
+# -- quantized networks ----------------------------------------------------------------------------------------------
 
 
 @backbones
@@ -118,7 +118,7 @@ def test_backbones_that_cannot_be_built(options: dict, message: str) -> None:
         build_backbone(options)
 
 
-# -- float weights ------------------------------------------------------------------------------------------------------------
+# -- float weights ---------------------------------------------------------------------------------------------------
 
 
 def layouts(state: dict) -> dict[str, dict]:
@@ -148,9 +148,8 @@ def test_float_weights_in_every_layout(tiny_net, images, tmp_path, caplog, quant
         count = load_float_weights(net, path)
     assert count == len(source.state_dict())
     assert f"loaded {count} of {count} keys of the float network" in caplog.text
-    with torch.no_grad():
-        with float_mode():
-            assert torch.equal(net(images[0]), source(images[0]))
+    with torch.no_grad(), float_mode():
+        assert torch.equal(net(images[0]), source(images[0]))
 
 
 def test_params_can_be_preferred_and_safetensors_are_read(tiny_net, tmp_path) -> None:
@@ -191,14 +190,18 @@ def test_weights_that_do_not_fit_change_nothing(tiny_net, tmp_path, change, mess
     other = {key: value + 1 for key, value in tiny_net().state_dict().items()}
     torch.save(change(other), tmp_path / "float.pth")
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit EDSR \([12] of \d+ keys differ\); nothing was loaded.*" + message):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not fit EDSR \([12] of \d+ keys differ\); nothing was loaded.*" + message
+    ):
         load_float_weights(net, tmp_path / "float.pth")
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
 def test_the_wrong_scale_and_the_wrong_backbone_are_told_by_their_keys(tiny_net, tmp_path) -> None:
     torch.save(tiny_net(upscale=4).state_dict(), tmp_path / "x4.pth")
-    with pytest.raises(CheckpointError, match="(?s)Check backbone type, sizes and scale.*unexpected: upsample.2.weight"):
+    with pytest.raises(
+        CheckpointError, match="(?s)Check backbone type, sizes and scale.*unexpected: upsample.2.weight"
+    ):
         load_float_weights(tiny_net(upscale=2), tmp_path / "x4.pth")
     with pytest.raises(CheckpointError, match="(?s)does not fit MSRResNet.*missing: upconv1.weight"):
         load_float_weights(tiny_net("MSRResNet"), tmp_path / "x4.pth")
@@ -209,7 +212,9 @@ def test_quantized_checkpoints_are_not_taken_for_float_ones_nor_the_reverse(tiny
     save_quantized(net, tmp_path / "q.safetensors")
     save_torch({"params": net.state_dict()}, tmp_path / "q.pth")
     for name in ("q.safetensors", "q.pth"):
-        with pytest.raises(CheckpointError, match="is a quantized checkpoint, a float one is wanted.*pretrain_network_g"):
+        with pytest.raises(
+            CheckpointError, match="is a quantized checkpoint, a float one is wanted.*pretrain_network_g"
+        ):
             load_float_weights(tiny_net(), tmp_path / name)
     save_file(tiny_net().state_dict(), tmp_path / "f.safetensors")
     for name in ("f.safetensors", "q.pth"):

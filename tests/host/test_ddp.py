@@ -61,7 +61,13 @@ def write_float(folder: Path) -> None:
 
 
 def two_processes(script: Path, opt: Path, cwd: Path):
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
     return harness.run([*command, str(script), "-opt", str(opt), "--launcher", "pytorch"], cwd)
 
 
@@ -71,9 +77,7 @@ def test_two_processes_equal_one_on_the_joint_batch(data: Path, tmp_path: Path) 
     script.write_text(KEEP_EACH_RANK)
     for folder in (one, two):
         write_float(folder)
-    single = harness.run(
-        [str(script), "-opt", str(harness.write_options(options(data, 4), tmp_path / "one.yml"))], one
-    )
+    single = harness.run([str(script), "-opt", str(harness.write_options(options(data, 4), tmp_path / "one.yml"))], one)
     assert single.returncode == 0, single.stderr[-3000:]
     pair = two_processes(script, harness.write_options(options(data, 2), tmp_path / "two.yml"), two)
     assert pair.returncode == 0, pair.stdout[-2000:] + pair.stderr[-3000:]
@@ -84,7 +88,9 @@ def test_two_processes_equal_one_on_the_joint_batch(data: Path, tmp_path: Path) 
         ranks = [harness.read(two / f"rank{rank}_{iteration}.pth") for rank in (0, 1)]
         assert harness.differences(*ranks) == []  # ranges, weights and buffers: identical on both
         for key, value in joint.items():
-            torch.testing.assert_close(ranks[0][key], value, rtol=1e-4, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                ranks[0][key], value, rtol=1e-4, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 def test_unused_parameter_search_is_refused(data: Path, tmp_path: Path) -> None:

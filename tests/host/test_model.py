@@ -16,8 +16,8 @@ from tests.host import harness
 compat.import_host()
 
 from basicsr.models import build_model  # noqa: E402
-
 from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
+
 from qsr_plugin.models.stages import parameter_groups  # noqa: E402
 from qsr_plugin.options_file import OptionsError  # noqa: E402
 
@@ -123,7 +123,11 @@ def test_ranges_stay_legal_with_a_huge_learning_rate(data: Path, tmp_path: Path)
     model = model_of(data, tmp_path, recipe={"stages": stages}, train={"ema_decay": 0})
     for iteration in range(1, 5):
         step(model, iteration)
-        assert all(bool(q.alpha >= q.observed_max * 0.99e-4) and bool(q.alpha > 0) for _, q in quantizers(model.net) if q.role == "act")
+        assert all(
+            bool(q.alpha >= q.observed_max * 0.99e-4) and bool(q.alpha > 0)
+            for _, q in quantizers(model.net)
+            if q.role == "act"
+        )
 
 
 def test_a_bad_image_is_named_and_no_weight_changes(data: Path, tmp_path: Path) -> None:
@@ -134,7 +138,9 @@ def test_a_bad_image_is_named_and_no_weight_changes(data: Path, tmp_path: Path) 
     model.update_learning_rate(1)
     model.feed_data(bad)
     # Ranges follow the batch before the loss is known, so weights are what is promised here.
-    with pytest.raises(FloatingPointError, match=r"iteration 1: loss l_pix is not finite; first bad place: LQ image b\.png"):
+    with pytest.raises(
+        FloatingPointError, match=r"iteration 1: loss l_pix is not finite; first bad place: LQ image b\.png"
+    ):
         model.optimize_parameters(1)
     assert all(torch.equal(before[k], v) for k, v in model.net.state_dict().items() if "quantizer" not in k)
 
@@ -197,6 +203,7 @@ def test_trained_network_is_not_calibrated_again(data: Path, tmp_path: Path) -> 
         ({"network_g": {"type": "EDSR"}}, "needs QuantNet"),
         ({"recipe": {"losses": [{"type": "SKTLoss"}]}}, "pretrain_network_float is needed"),
         ({"num_gpu": 2}, "torchrun"),
+        ({"train": {"scheduler": {"periods": [3]}}}, "_delete_: true"),
     ],
 )
 def test_options_that_cannot_work_are_refused(data: Path, tmp_path: Path, changes: dict, says: str) -> None:

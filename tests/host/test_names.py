@@ -29,5 +29,7 @@ print("both")
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_other_owner_of_the_plain_names(run_python: Callable[..., str], ours_first: bool) -> None:
     ours = "import qsr_plugin\nfrom qsr_plugin import compat\n"
-    start = ours + "compat.import_host()\n" if ours_first else ours + "compat.prepare()\nimport basicsr.utils.registry\n"
+    start = (
+        ours + "compat.import_host()\n" if ours_first else ours + "compat.prepare()\nimport basicsr.utils.registry\n"
+    )
     assert run_python(start + OTHER + CHECK).strip().endswith("both")

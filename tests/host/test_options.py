@@ -47,6 +47,12 @@ def test_later_bases_and_the_file_itself_win(tmp_path: Path) -> None:
     assert load_options(file) == {"x": 2, "nested": {"a": 1, "b": 2, "c": 3}, "list": [3]}
 
 
+def test_delete_drops_what_a_base_says(tmp_path: Path) -> None:
+    write(tmp_path / "a.yml", "scheduler: {type: MultiStepLR, milestones: [1]}\n")
+    file = write(tmp_path / "b.yml", "_base_: a.yml\nscheduler: {_delete_: true, type: Cosine, periods: [9]}\n")
+    assert load_options(file) == {"scheduler": {"type": "Cosine", "periods": [9]}}
+
+
 def test_shipped_bases_are_found_from_anywhere(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.yml", '_base_: ["qsr:train/pams/edsr_baseline_x4_w4a4.yml"]\nname: mine\n')
     options = load_options(file)

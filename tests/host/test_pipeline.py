@@ -60,7 +60,9 @@ def test_saved_network_runs_without_any_yaml(trained: tuple[Path, Path, str]) ->
 def test_nothing_is_written_when_the_data_cannot_be_used(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
     _, data, _ = trained
     opt = harness.options(data, datasets={"val": {"dataroot_lq": str(data / "GT.lmdb")}})
-    done = harness.run(["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path)
+    done = harness.run(
+        ["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path
+    )
     assert done.returncode != 0 and "the data cannot be used" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "experiments").exists()
 
@@ -68,14 +70,18 @@ def test_nothing_is_written_when_the_data_cannot_be_used(trained: tuple[Path, Pa
 def test_unknown_names_say_what_is_near(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
     _, data, _ = trained
     opt = harness.options(data, model_type="QuantSRModle")
-    done = harness.run(["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path)
+    done = harness.run(
+        ["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path
+    )
     assert done.returncode != 0 and "Did you mean 'QuantSRModel'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_too_little_data_for_a_batch_is_an_error(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
     _, data, _ = trained
     opt = harness.options(data, datasets={"train": {"batch_size_per_gpu": 16}})
-    done = harness.run(["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path)
+    done = harness.run(
+        ["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path
+    )
     assert done.returncode != 0 and "raise dataset_enlarge_ratio" in done.stderr
 
 
@@ -86,3 +92,12 @@ def test_training_runs_to_its_last_iteration_when_batches_are_dropped(trained, t
     opt = harness.options(data, datasets={"train": train}, train={"total_iter": 9})
     log = harness.train(harness.write_options(opt, tmp_path / "a.yml"), tmp_path)
     assert max(harness.losses(log)) == 9
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(run_python) -> None:
+    code = """
+import platform
+from qsr_plugin.memory import keep_freed_memory
+print(keep_freed_memory() or platform.libc_ver()[0] != "glibc")
+"""
+    assert run_python(code).strip() == "True"

@@ -40,7 +40,9 @@ def test_one_training_step(tiny_net, images, method: str, placement: str, backbo
 def test_more_bits_come_closer_to_the_float_network(tiny_net, images, method: str, backbone: str) -> None:
     want, errors = tiny_net(backbone)(images[0]), []
     for bits in (3, 8, 16):
-        net = calibrate(quantize_model(tiny_net(backbone), load_recipe(method, weight_bits=bits, act_bits=bits)), images)
+        net = calibrate(
+            quantize_model(tiny_net(backbone), load_recipe(method, weight_bits=bits, act_bits=bits)), images
+        )
         with torch.no_grad():
             errors.append((net(images[0]) - want).square().mean().item())
     # Percentile ranges clip whatever the bits are, so their error has a floor.

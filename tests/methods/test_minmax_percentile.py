@@ -142,9 +142,7 @@ def test_omse_bound_is_never_worse_than_the_largest_magnitude() -> None:
     assert error["omse"] < error["minmax"]
 
 
-@pytest.mark.parametrize(
-    ("observer", "bounds"), [("minmax", (-1.13, 4.46)), ("percentile", (-1.0975, 4.380699))]
-)
+@pytest.mark.parametrize(("observer", "bounds"), [("minmax", (-1.13, 4.46)), ("percentile", (-1.0975, 4.380699))])
 def test_activation_bounds_over_three_batches(observer: str, bounds: tuple) -> None:
     q = AsymmetricQuantizer(AsymmetricQuantizer.Options(observer=observer), (4,), "act", 1)
     q.begin_calibration()

@@ -169,8 +169,6 @@ def test_distillation_of_a_batch_is_the_mean_over_samples_and_dead_features_are_
     assert bool(torch.isfinite(dead.grad).all())
 
 
-
-
 @pytest.mark.parametrize("placement", ["quantized_input", "shortcut_only"])
 @pytest.mark.parametrize("kind", ["EDSR", "SRResNet"])
 def test_placements_are_those_of_the_two_published_forms(tiny_net, images, placement: str, kind: str) -> None:

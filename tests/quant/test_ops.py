@@ -77,16 +77,16 @@ def test_asymmetric_grid_equals_the_reference_with_all_gradients(
     upper = torch.tensor(high, dtype=torch.float64, requires_grad=True)
     width = torch.tensor(float(bits), dtype=torch.float64, requires_grad=True)
     limits = int_limits(width, signed=False)
-    got = fake_quantize(
-        x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=lower.detach(), ties="split"
-    )
+    got = fake_quantize(x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=lower.detach(), ties="split")
     want = reference(x, lower, upper, 2.0**width - 1)
     near_tie = ((((x - lower) / (upper - lower)) * (2**bits - 1)) % 1 - 0.5).abs() < 1e-6
     if bool(near_tie.any()):
         return  # the two orders of multiplication may fall on different sides of a rounding tie
     upstream = torch.linspace(-1, 2, x.numel(), dtype=torch.float64)
     assert torch.allclose(got, want, atol=1e-9)
-    for a, b in zip(gradients(got, upstream, x, lower, upper, width), gradients(want, upstream, x, lower, upper, width)):
+    for a, b in zip(
+        gradients(got, upstream, x, lower, upper, width), gradients(want, upstream, x, lower, upper, width)
+    ):
         assert torch.allclose(a, b, atol=1e-7)
 
 

@@ -59,7 +59,9 @@ def test_files_with_and_without_the_block_and_with_a_base(tmp_path: Path) -> Non
     assert load_recipe(str(block)).placement == "shortcut_only"
 
 
-@pytest.mark.parametrize("bits", [1, 0, -4, 17, 31, 33, 4.5, 4.0, "4", "four", True, [4], [8, 4], [4, 4, 8], [4, 32], []])
+@pytest.mark.parametrize(
+    "bits", [1, 0, -4, 17, 31, 33, 4.5, 4.0, "4", "four", True, [4], [8, 4], [4, 4, 8], [4, 32], []]
+)
 @pytest.mark.parametrize("which", ["act", "weight"])
 def test_impossible_bit_widths(bits: object, which: str) -> None:
     message = refused({"bits": {which: bits}})
@@ -80,7 +82,10 @@ def test_bits_of_a_rule_are_checked_too() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": [{"iters": 5}, {"lr": {"range": 0.1}}]}, "recipe.stages[1].lr.range: unknown key. Did you mean 'ranges'?"),
+        (
+            {"stages": [{"iters": 5}, {"lr": {"range": 0.1}}]},
+            "recipe.stages[1].lr.range: unknown key. Did you mean 'ranges'?",
+        ),
         ({"stagess": []}, "recipe.stagess: unknown key. Did you mean 'stages'?"),
         ({"bits": {"weights": 4}}, "recipe.bits.weights: unknown key. Did you mean 'weight'?"),
         ({"calibration": {"image": 4}}, "recipe.calibration.image: unknown key. Did you mean 'images'?"),
@@ -96,7 +101,10 @@ def test_bits_of_a_rule_are_checked_too() -> None:
             {"placements": {"quantized_input": [{**RULE, "quantizer": {"type": "pams", "flor": 0.1}}]}},
             "recipe.placements.quantized_input[0].quantizer.flor: unknown key. Did you mean 'floor'?",
         ),
-        ({"quantizers": {"act": {"type": "pams", "floor": -1}}}, "recipe.quantizers.act.floor: Input should be greater"),
+        (
+            {"quantizers": {"act": {"type": "pams", "floor": -1}}},
+            "recipe.quantizers.act.floor: Input should be greater",
+        ),
         ({"quantizers": {"act": "pasm"}}, "recipe.quantizers.act: unknown quantizer 'pasm'. Did you mean 'pams'?"),
         ({"policy": "fixxed"}, "recipe.policy: unknown bit policy 'fixxed'. Did you mean 'fixed'?"),
         ({"placement": "body"}, "recipe: unknown placement 'body'. "),

@@ -142,7 +142,11 @@ def test_features_can_be_tapped_by_role_on_float_and_quantized_networks(tiny_net
     assert torch.equal(plain(images[0]), want)
     seen = plain.last_record().taps["f"]
     assert seen.shape[:2] == (2, 8)
-    net = tap(calibrate(quantize_model(tiny_net(backbone), load_recipe("pams", weight_bits=32, act_bits=32)), images), "features", "f")
+    net = tap(
+        calibrate(quantize_model(tiny_net(backbone), load_recipe("pams", weight_bits=32, act_bits=32)), images),
+        "features",
+        "f",
+    )
     net(images[0])
     assert torch.equal(net.last_record().taps["f"], seen)
 

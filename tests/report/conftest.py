@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import nn
 
 from qsr_plugin import calibrate, load_recipe, quantize_model
-from qsr_plugin.archs.quant_net_arch import build_backbone
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
+from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import Tensor, nn
 
 from qsr_plugin import complexity, list_backbones, list_methods, load_recipe, quantize_model
-from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.quant.policy import POLICIES, BitDecision, BitPolicy
 from qsr_plugin.quant.record import ForwardRecord, float_mode
 from qsr_plugin.quant.sites import MatMul

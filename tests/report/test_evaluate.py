@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from basicsr.metrics import calculate_metric
+from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import Tensor, nn
 
 from qsr_plugin import list_backbones
-from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.checkpoint import load_float_weights
 from qsr_plugin.report.evaluate import evaluate, find_pairs, psnr_ssim, super_resolve
 
