@@ -11,6 +11,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from qsr_plugin.errors import suggest
+from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.recipe import Recipe, load_recipe
 from qsr_plugin.quant.surgery import quantize_model
 
@@ -28,18 +29,18 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         The network, with the attribute ``backbone_options`` (a plain copy of ``options``).
 
     Raises:
-        ValueError: For an unknown type, with the closest registered one, or arguments the class does not take.
+        OptionsError: For an unknown type, with the closest registered one, or arguments the class does not take.
     """
     options = deepcopy(dict(options))
     kind, known = str(options.get("type")), set(ARCH_REGISTRY.keys())
     name = kind if kind in known else f"{kind}_qsr"
     if name not in known:
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
-        raise ValueError(f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)}")
+        raise OptionsError(f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)}")
     try:
         net = build_network({**options, "type": name})
-    except TypeError as error:
-        raise ValueError(f"network_g.backbone ({kind}): {error}") from None
+    except (TypeError, ValueError) as error:
+        raise OptionsError(f"network_g.backbone ({kind}): {error}") from None
     net.backbone_options = {**options, "type": kind}
     return net
 

@@ -50,8 +50,11 @@ def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> N
         OSError: If writing failed (disk full, no permission); the final place is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -86,13 +89,26 @@ def save_quantized(net: nn.Module, path: Union[str, Path]) -> None:
         CheckpointError: If the network is not quantized or its constructor's arguments are not known.
         OSError: If the file cannot be written.
     """
-    if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"'{path}': quantized networks are saved as .safetensors; change the ending")
+    check_quantized_path(path)
     if getattr(net, "recipe", None) is None:
         raise CheckpointError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     data = safetensors_bytes(tensors, metadata=metadata_of(net))
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def check_quantized_path(path: Union[str, Path]) -> None:
+    """Refuse a path that :func:`save_quantized` could not write, before work is done for it.
+
+    Raises:
+        CheckpointError: For another ending.
+        OSError: If the folder cannot be made or written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"'{path}': quantized networks are saved as .safetensors; change the ending")
+    probe = Path(path).with_suffix(".probe")
+    write_atomically(probe, lambda temporary: None)
+    probe.unlink()
 
 
 def metadata_of(net: nn.Module) -> dict[str, str]:

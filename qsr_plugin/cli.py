@@ -27,7 +27,7 @@ _HOST_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_o
 
 @app.command(context_settings=_HOST_FLAGS)
 def train(context: typer.Context) -> None:
-    """Train: -opt FILE, with BasicSR's flags (--launcher, --auto_resume, --debug, --force_yml)."""
+    """Train: -opt FILE, with BasicSR's flags; 'qsr train --help' lists them."""
     from qsr_plugin.train import main as run
 
     run(context.args)
@@ -35,7 +35,7 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=_HOST_FLAGS)
 def test(context: typer.Context) -> None:
-    """Test: -opt FILE, with BasicSR's flags."""
+    """Test: -opt FILE, with BasicSR's flags; 'qsr test --help' lists them."""
     from qsr_plugin.test import main as run
 
     run(context.args)
@@ -62,7 +62,9 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the draw of calibration crops.")] = 0,
 ) -> None:
     """Calibrate a float network into a quantized one, and report what it costs and how it scores."""
-    from qsr_plugin import calibrate, complexity, load_recipe, save_quantized
+    compat.import_host()
+    from qsr_plugin import calibrate, complexity, load_recipe, quantize_model, save_quantized
+    from qsr_plugin.checkpoint import check_quantized_path
     from qsr_plugin.data.calibration_set import crops_from_folder
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import results_table, summary_table, write_json
@@ -72,22 +74,19 @@ def quantize(
     recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **changes)
     if (images is None) == (photos is None):
         raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
+    check_quantized_path(out)
     backbone = _backbone(arch)
-    scale = int(backbone.get("upscale", backbone.get("scale", 4)))
-    net, float_net = _float_network(backbone, weights), _float_network(backbone, weights)
-    from qsr_plugin.quant.surgery import quantize_model
-
-    quantize_model(net, recipe)
-    calibration = recipe.calibration
-    batches = crops_from_folder(
-        images or photos, images=calibration.images, batch=calibration.batch, scale=1 if images else scale, seed=seed
-    )
+    scale = _scale(backbone)
+    float_net = _float_network(backbone, weights)
+    net = quantize_model(_float_network(backbone, weights), recipe)
+    count, batch = recipe.calibration.images, recipe.calibration.batch
+    batches = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
     calibrate(net, track(batches, description="calibrating", total=None, console=console))
     save_quantized(net, out)
-    report = complexity(net)
-    results: dict[str, Any] = {"weights": str(weights), "model": str(out), "complexity": report.to_dict()}
+    costs = complexity(net)
+    results: dict[str, Any] = {"weights": str(weights), "model": str(out), "complexity": costs.to_dict()}
     if test is None:
-        console.print(summary_table(report))
+        console.print(summary_table(costs))
     else:
         rows = {}
         for label, one in (("float", float_net), (f"{recipe.method} {bits}", net)):
@@ -109,6 +108,7 @@ def report(
     json: Annotated[Optional[Path], typer.Option(help="Write everything as JSON.")] = None,
 ) -> None:
     """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR and SSIM."""
+    compat.import_host()
     from qsr_plugin import complexity, load_quantized
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import site_table, summary_table, write_json
@@ -116,11 +116,14 @@ def report(
     found = re.fullmatch(r"(\d+)x(\d+)", size)
     if not found:
         raise typer.BadParameter(f"--size is '{size}'; expected HEIGHTxWIDTH, e.g. 180x320")
-    net = load_quantized(model) if model.suffix == ".safetensors" else _network_of_file(model)
+    trained = model.suffix == ".safetensors"
+    if test is not None and not trained:
+        raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")
+    net = load_quantized(model) if trained else _network_of_file(model)
     costs = complexity(net, (int(found[1]), int(found[2])), convention=convention)
     scores = {}
     if test is not None:
-        scale = round(costs_scale(net))
+        scale = _scale(net.backbone_options)
         scores[test[0].parent.name or "test"] = evaluate(net, *test, scale, progress=lambda p: track(p, "testing"))
     if sites:
         console.print(site_table(costs))
@@ -142,10 +145,14 @@ def list_all() -> None:
     console.print(table)
 
 
-def costs_scale(net: Any) -> float:
-    """Up-sampling factor of a network built from options."""
-    options = getattr(net, "backbone_options", {})
-    return float(options.get("upscale", options.get("scale", 1)))
+def _scale(backbone: dict[str, Any]) -> int:
+    """Up-sampling factor in a backbone's options."""
+    from qsr_plugin.options_file import OptionsError
+
+    scale = backbone.get("upscale", backbone.get("scale"))
+    if not isinstance(scale, int):
+        raise OptionsError(f"the options of {backbone.get('type')} name no scale: add upscale")
+    return scale
 
 
 def _parse_bits(text: str) -> tuple[int, int]:
@@ -156,56 +163,54 @@ def _parse_bits(text: str) -> tuple[int, int]:
 
 
 def _options_of(arch: str) -> dict[str, Any]:
-    from qsr_plugin.options_file import OptionsError, load_options, options_folder, read_yaml
+    """All options of a YAML file, or of a shipped backbone by name."""
+    from qsr_plugin.options_file import OptionsError, assemble, options_folder
 
-    if Path(arch).suffix in (".yml", ".yaml"):
-        network = load_options(arch).get("network_g")
-    else:
+    path = Path(arch)
+    if path.suffix not in (".yml", ".yaml"):
         folder = options_folder() / "backbones"
-        if not (folder / f"{arch}.yml").is_file():
+        path = folder / f"{arch}.yml"
+        if not path.is_file():
             names = sorted(path.stem for path in folder.glob("*.yml"))
             raise OptionsError(f"unknown backbone '{arch}'. {suggest(arch, names)} Or give a .yml file.")
-        network = read_yaml(folder / f"{arch}.yml").get("network_g")
-    if not network:
+    options = assemble(path)
+    if not options.get("network_g"):
         raise OptionsError(f"{arch} has no network_g block")
-    return network
+    return options
 
 
 def _backbone(arch: str) -> dict[str, Any]:
-    network = _options_of(arch)
+    network = _options_of(arch)["network_g"]
     return network["backbone"] if network.get("type") == "QuantNet" else network
 
 
 def _float_network(backbone: dict[str, Any], weights: Path) -> Any:
+    from qsr_plugin.archs.quant_net_arch import build_backbone
     from qsr_plugin.checkpoint import load_float_weights
 
-    compat.import_host()
-    from qsr_plugin.archs.quant_net_arch import build_backbone
-
     net = build_backbone(backbone)
-    count = load_float_weights(net, weights)
-    console.print(f"loaded {count} of {count} keys from {weights}", highlight=False)
+    load_float_weights(net, weights)
     return net.eval()
 
 
 def _network_of_file(path: Path) -> Any:
-    network = _options_of(str(path))
-    compat.import_host()
+    """The network of an option file: quantized if there is a recipe, else its float backbone."""
     from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
 
-    if network.get("type") == "QuantNet":
-        return QuantNet(network["backbone"], network["recipe"])
-    return build_backbone(network)
+    options = _options_of(str(path))
+    recipe = options.get("recipe", options["network_g"].get("recipe"))
+    backbone = _backbone(str(path))
+    return build_backbone(backbone) if recipe is None else QuantNet(backbone, recipe)
 
 
 def main() -> None:
     """Entry point of the ``qsr`` script: messages instead of tracebacks for what a user can mend."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.getLogger("qsr_plugin").addHandler(handler)
+    log = logging.getLogger("qsr_plugin")
+    log.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_time=False))
+    log.setLevel(logging.INFO)
     try:
         app()
-    except (UserError, ValueError) as error:
-        logging.getLogger("qsr_plugin").debug("traceback", exc_info=True)
+    except (UserError, ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 

@@ -109,6 +109,10 @@ HOST_REPAIRS = (
 )
 
 
+class HostMissingError(UserError, ImportError):
+    """BasicSR is not installed, or does not import."""
+
+
 class NotRegisteredError(UserError, LookupError):
     """The host's registry does not know a class that an option file names."""
 
@@ -159,11 +163,11 @@ def import_host(name: str = "basicsr") -> types.ModuleType:
     """
     prepare()
     if host_location() is None:
-        raise ImportError(INSTALL_HELP)
+        raise HostMissingError(INSTALL_HELP)
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"Cannot import '{name}': {error}. {describe_host()}", name=error.name) from error
+        raise HostMissingError(f"Cannot import '{name}': {error}. {describe_host()}", name=error.name) from error
 
 
 def host_location() -> Path | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Union
 
 import yaml
 
-from qsr_plugin.errors import UserError
+from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.quant.recipe import load_recipe
 
 #: Prefix in ``_base_`` for files shipped with the package.
@@ -42,8 +42,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file merged over its bases, in order; read here because mmengine's own reader builds Python objects."""
+def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file merged over its bases, in order; read here because mmengine's own reader builds Python objects.
+
+    Raises:
+        OptionsError: For a missing, unsafe or circular file, or values that do not merge.
+    """
     from mmengine.config import Config
 
     path = path.resolve()
@@ -54,9 +58,12 @@ def _assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     data = read_yaml(path)
     bases = data.pop("_base_", [])
     merged = Config({})
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged.merge_from_dict(_assemble(_locate(base, path), (*seen, path)))
-    merged.merge_from_dict(data)
+    try:
+        for base in [bases] if isinstance(bases, str) else bases:
+            merged.merge_from_dict(assemble(_locate(base, path), (*seen, path)))
+        merged.merge_from_dict(data)
+    except (TypeError, KeyError) as error:  # a mapping over a plain value
+        raise OptionsError(f"{path} does not merge with its _base_: {error.args[0]}") from None
     return merged.to_dict()
 
 
@@ -64,14 +71,16 @@ def _locate(base: str, origin: Path) -> Path:
     return options_folder() / base[len(SHIPPED) :] if base.startswith(SHIPPED) else origin.parent / base
 
 
-def load_options(path: Union[str, Path]) -> dict[str, Any]:
+def load_options(path: Union[str, Path], forced: Sequence[str] = ()) -> dict[str, Any]:
     """Load an option file with everything its ``_base_`` names, as one plain dict in BasicSR's layout.
 
     A top-level ``recipe`` block moves to ``network_g.recipe`` and is written out in full, so that the result needs
     neither this package's files nor its defaults.
 
     Args:
-        path: YAML file. ``_base_`` entries are relative to the file, or ``qsr:...`` for files of this package.
+        path: YAML file. ``_base_`` entries are relative to the file, or ``qsr:...`` for files of this package; so may
+            be weights below ``path``, as ``qsr:assets/NAME``.
+        forced: BasicSR's ``key:key=value`` entries, which win over the file. The key must exist.
 
     Returns:
         The options; keys of the file win over those of its bases, mappings are merged.
@@ -80,7 +89,9 @@ def load_options(path: Union[str, Path]) -> dict[str, Any]:
         OptionsError: For a missing, unsafe or circular file, or a recipe without a QuantNet.
         RecipeError: For a recipe that is not valid.
     """
-    options = _assemble(Path(path))
+    options = assemble(Path(path))
+    for entry in forced:
+        _force(options, entry)
     recipe, network = options.pop("recipe", None), options.get("network_g") or {}
     if recipe is not None:
         if network.get("type") != "QuantNet":
@@ -90,7 +101,26 @@ def load_options(path: Union[str, Path]) -> dict[str, Any]:
         if "recipe" not in network:
             raise OptionsError(f"{path}: network_g.type is QuantNet, but there is no recipe block")
         network["recipe"] = load_recipe(network["recipe"]).to_dict()
+    for key, value in (options.get("path") or {}).items():
+        if isinstance(value, str) and value.startswith(SHIPPED):
+            folder, _, name = value[len(SHIPPED) :].partition("/")
+            options["path"][key] = str(resources.files(f"qsr_plugin.{folder}") / name)
     return options
+
+
+def _force(options: dict[str, Any], entry: str) -> None:
+    """Set one ``key:key=value``; a recipe given by name is read first, so that its keys exist."""
+    keys, equals, text = entry.partition("=")
+    *parents, last = keys.strip().split(":")
+    if parents[:1] == ["recipe"] and "recipe" in options:
+        options["recipe"] = load_recipe(options["recipe"]).to_dict()
+    place: Any = options
+    for key in parents:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not equals or not isinstance(place, dict) or last not in place:
+        known = place if isinstance(place, dict) else options
+        raise OptionsError(f"--force_yml {entry}: no option '{keys.strip()}'. {suggest(last, known)}")
+    place[last] = yaml.safe_load(text)
 
 
 def write_options(options: Mapping[str, Any], path: Path) -> None:

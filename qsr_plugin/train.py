@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from qsr_plugin import compat
 from qsr_plugin.checkpoint import CheckpointError, read_file
 from qsr_plugin.errors import UserError
@@ -26,16 +28,17 @@ logger = logging.getLogger("basicsr")
 
 
 def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into our flags and those left to the host.
+    """Split the command line into what is handled here and what is left to the host.
 
-    Old launchers pass ``--local-rank``, which the host spells ``--local_rank``.
+    ``--force_yml`` is applied here, before the data are checked and the recipe is read. Old launchers pass
+    ``--local-rank``, which the host spells ``--local_rank``.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-opt", required=True)
-    parser.add_argument("--allow-recipe-change", action="store_true")
-    own, rest = parser.parse_known_args([a.replace("--local-rank", "--local_rank") for a in argv])
-    # The recipe block is moved into network_g; so are forced values for it.
-    return own, [f"network_g:{a}" if a.startswith("recipe:") else a for a in rest]
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="-opt FILE [options]")
+    parser.add_argument("-opt", required=True, help="option file (YAML), with _base_ inheritance")
+    parser.add_argument("--force_yml", nargs="+", default=[], metavar="KEY:KEY=VALUE", help="values over the file's")
+    parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe differs")
+    parser.epilog = "BasicSR's own: --launcher none|pytorch|slurm, --auto_resume, --debug, --local_rank"
+    return parser.parse_known_args([a.replace("--local-rank", "--local_rank") for a in argv])
 
 
 def resolved_command(argv: list[str], folder: Path) -> dict[str, Any]:
@@ -49,13 +52,36 @@ def resolved_command(argv: list[str], folder: Path) -> dict[str, Any]:
         The resolved options.
     """
     own, rest = own_arguments(argv)
-    options = load_options(own.opt)
+    options = load_options(own.opt, own.force_yml)
     if own.allow_recipe_change:
         options["allow_recipe_change"] = True
+    if options.get("num_gpu") == "auto" and ("--launcher" not in rest or "none" in rest):
+        options["num_gpu"] = min(torch.cuda.device_count(), 1)  # more than one takes a launcher
     resolved = folder / Path(own.opt).name
     write_options(options, resolved)
     sys.argv = [sys.argv[0], "-opt", str(resolved), *rest]
     return options
+
+
+def check_before_start(options: dict[str, Any]) -> None:
+    """Find what would fail later: names, network, recipe, weights, data. Nothing is written.
+
+    Raises:
+        UserError: With what is wrong and what to do.
+    """
+    compat.require_registered("model", str(options.get("model_type")))
+    network = dict(options.get("network_g") or {})
+    compat.require_registered("arch", str(network.get("type")))
+    if network["type"] == "QuantNet":
+        from qsr_plugin.archs.quant_net_arch import QuantNet
+        from qsr_plugin.losses.build import build_step_losses
+
+        recipe = QuantNet(network["backbone"], network["recipe"]).recipe
+        build_step_losses(recipe.losses)
+    for key, value in (options.get("path") or {}).items():
+        if key.startswith("pretrain_network") and value:
+            read_file(value)
+    refuse_bad_data(options)
 
 
 def newest_state(folder: Path, models: Path) -> Optional[tuple[Path, dict[str, Any]]]:
@@ -132,7 +158,7 @@ def patch_pipeline(resume: dict[str, Any]) -> None:
         train_loader, sampler, val_loaders, _, total_iters = create_loaders(opt, log)
         batches = len(sampler) // train_loader.batch_size
         if batches == 0:
-            raise ValueError(
+            raise OptionsError(
                 f"datasets.train: {len(sampler)} image(s) per process do not fill one batch of "
                 f"{train_loader.batch_size}: raise dataset_enlarge_ratio or lower batch_size_per_gpu"
             )
@@ -166,15 +192,13 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
             options = resolved_command(sys.argv[1:] if argv is None else argv, Path(folder))
             compat.import_host()
             logging.getLogger("qsr_plugin").info("using %s", compat.describe_host())
-            compat.require_registered("model", str(options.get("model_type")))
-            compat.require_registered("arch", str(options.get("network_g", {}).get("type")))
-            refuse_bad_data(options)
+            check_before_start(options)
             keep_freed_memory()
             if pipeline == "train":
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     _leave_process_group()
 

@@ -62,7 +62,8 @@ def crops_from_folder(
 ) -> Iterator[Tensor]:
     """Random crops of a folder's images in batches, as post-training methods calibrate on.
 
-    Files are read one at a time. Images smaller than a crop are used whole, in batches of their own.
+    Files are read one at a time. Where a side is shorter than a crop, all of it is used; only crops of equal
+    size share a batch.
 
     Args:
         folder: Images of any sizes.
@@ -80,7 +81,7 @@ def crops_from_folder(
     """
     paths, rng = list_images(folder), random.Random(seed)
     chosen = rng.sample(paths, min(images, len(paths)))
-    pending: list[Tensor] = []
+    pending: dict[tuple[int, int], list[Tensor]] = {}
     for path in chosen:
         image = read_rgb(path)
         if scale > 1:
@@ -88,16 +89,12 @@ def crops_from_folder(
             image = downscale(to_uint8(image[:height, :width]), scale)
         height, width = (min(side, length) for length in image.shape[:2])
         top, left = rng.randint(0, image.shape[0] - height), rng.randint(0, image.shape[1] - width)
-        crop = to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width]))
-        if (height, width) != (side, side):
-            yield crop.unsqueeze(0)
-            continue
-        pending.append(crop)
-        if len(pending) == batch:
-            yield torch.stack(pending)
-            pending = []
-    if pending:
-        yield torch.stack(pending)
+        group = pending.setdefault((height, width), [])
+        group.append(to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width])))
+        if len(group) == batch:
+            yield torch.stack(pending.pop((height, width)))
+    for group in pending.values():
+        yield torch.stack(group)
 
 
 def _limited(batches: Iterator[Tensor], images: int) -> Iterator[Tensor]:

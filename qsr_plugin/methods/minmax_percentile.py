@@ -127,6 +127,8 @@ class SymmetricQuantizer(_BoundedQuantizer):
             (high,) = quantiles(values, options.alpha)
         else:
             high = weight.detach().float().abs().amax() if options.observer == "minmax" else values.amax()
+        if not bool(high > 0):  # no positive weight: the signed reference says nothing
+            high = weight.detach().float().abs().amax()
         if options.observer == "omse":
             return omse(weight, -high, high, max(self.candidates), WEIGHT_CANDIDATES)
         return -high, high

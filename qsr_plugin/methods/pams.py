@@ -94,7 +94,8 @@ class PAMSQuantizer(Quantizer):
             self.mark_calibrated()
         alpha, bits = self._select(self.candidates[0] if len(self.candidates) == 1 else max(self.candidates), x)
         limits = int_limits(bits, narrow=True)
-        return fake_quantize(x, alpha, limits[1], limits)
+        # A copy, because a module used twice in one forward sets alpha again before this gradient is taken.
+        return fake_quantize(x, alpha.clone(), limits[1], limits)
 
     def _select(self, bits: int | Tensor, x: Tensor) -> tuple[Tensor, int | Tensor]:
         if self.alpha.dim() == 0:

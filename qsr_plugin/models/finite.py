@@ -1,13 +1,44 @@
-"""Finding where a number stopped being finite."""
+"""Stopping before a number that is not finite reaches the weights, and finding where it came from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qsr_plugin.quant.quantizer import Quantizer
+
+
+def refuse_non_finite(
+    where: str, net: nn.Module, losses: Mapping[str, float], lq: Tensor, gt: Tensor, paths: Sequence[str]
+) -> None:
+    """Check losses and gradients of a step before the optimiser uses them.
+
+    Args:
+        where: What the message starts with.
+        net: Bare network with its gradients.
+        losses: Names and values.
+        lq: Input batch (N, 3, H, W).
+        gt: Ground truth batch.
+        paths: File names of the batch's images.
+
+    Raises:
+        FloatingPointError: If one is NaN or infinite, naming the image, parameter or module where it starts.
+    """
+    bad = [f"loss {name}" for name, value in losses.items() if not math.isfinite(value)]
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+    if not bad and not bool(torch.isfinite(norms).all()):
+        first = next(name for name, norm in zip(gradients, norms) if not bool(torch.isfinite(norm)))
+        bad = [f"the gradient of {first}"]
+    if bad:
+        raise FloatingPointError(
+            f"{where}: {', '.join(bad)} is not finite; first bad place: {first_non_finite(net, lq, gt, paths)}. "
+            "No weight was changed by this step, earlier checkpoints are kept. Lower the learning rates, add "
+            "warmup_iter, or check the data."
+        )
 
 
 def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str]) -> str:

@@ -6,24 +6,25 @@ losses on features and bits, EMA that carries buffers, checkpoints that survive 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
-from qsr_plugin import checkpoint, compat
+from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.patches import run_in_patches
-from qsr_plugin.losses.context import StepContext, StepLoss
-from qsr_plugin.models.finite import first_non_finite
-from qsr_plugin.models.run_state import RunState
+from qsr_plugin.losses.build import build_step_losses
+from qsr_plugin.losses.context import StepContext
+from qsr_plugin.models.finite import refuse_non_finite
+from qsr_plugin.models.run_state import RunState, changed_keys
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.calibrate import calibrate
@@ -50,12 +51,15 @@ class QuantSRModel(RunState, SRModel):
                 "recorded features, which DDP then counts twice. Remove it; frozen stages need no such search."
             )
         if opt["num_gpu"] > 1 and not opt["dist"]:
-            raise OptionsError("QuantSRModel trains on several GPUs with torchrun and --launcher pytorch only")
+            raise OptionsError(
+                f"num_gpu is {opt['num_gpu']} without a launcher: set num_gpu: 1, or torchrun and --launcher pytorch"
+            )
         if opt["network_g"]["type"] != "QuantNet":
             kind = opt["network_g"]["type"]
             raise OptionsError(
                 f"network_g.type is '{kind}': QuantSRModel needs QuantNet, with '{kind}' as its backbone"
             )
+        log_with_the_host()
         super().__init__(opt)
         if not self.is_train:
             self._prepare_network()
@@ -79,7 +83,8 @@ class QuantSRModel(RunState, SRModel):
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str = "params") -> None:
         """Load a quantized checkpoint, ``.pth`` of a training or ``.safetensors``, strictly."""
         net = self.get_bare_model(net)
-        content, _ = checkpoint.read_file(load_path)
+        content, metadata = checkpoint.read_file(load_path)
+        self._compare_recipes(net.recipe, metadata, load_path)
         state = checkpoint.state_dict_in(content, load_path, prefer=param_key or "params")
         problems = checkpoint.key_differences(net.state_dict(), state)
         if problems and not any("_quantizer." in key for key in state):
@@ -94,6 +99,20 @@ class QuantSRModel(RunState, SRModel):
         net.load_state_dict(state)
         logger.info("Loaded %d of %d keys from %s [%s].", len(state), len(state), load_path, param_key)
 
+    def _compare_recipes(self, own: Recipe, metadata: dict[str, str], load_path: str) -> None:
+        """A checkpoint of other bits fits every key, and would give plausible scores of the wrong network."""
+        if "recipe" not in metadata:
+            return
+        saved, wanted = json.loads(metadata["recipe"]), own.to_dict()
+        parts = ("method", "bits", "placement", "placements", "quantizers", "policy")
+        changed = changed_keys({key: saved.get(key) for key in parts}, {key: wanted.get(key) for key in parts})
+        if changed and not self.is_train:
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} was made with another recipe:\n  " + "\n  ".join(changed[:8])
+            )
+        for line in changed:
+            logger.warning("%s starts from another recipe: %s", load_path, line)
+
     def _prepare_network(self) -> None:
         """Float weights and ranges, unless a quantized checkpoint brought both."""
         path = self.opt["path"]
@@ -105,29 +124,19 @@ class QuantSRModel(RunState, SRModel):
             logger.info("Loaded %d of %d float keys from %s.", count, count, float_path)
         else:
             logger.warning("path.pretrain_network_float is not set: the float weights are random.")
-        if self.recipe.calibration is not None and any(q.needs_calibration for _, q in quantizers(self.net)):
+        if any(quantizer.needs_calibration for _, quantizer in quantizers(self.net)):
             calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
-            logger.info("Calibrated ranges on %d image(s).", self.recipe.calibration.images)
 
     def init_training_settings(self) -> None:
         """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
-        self.losses = self._build_losses()
+        self.losses = build_step_losses(self.recipe.losses, self.device)
+        self._tap_features(self.net)
         self._prepare_network()
         self.schedule = StageSchedule(self.recipe.stages, self.opt["train"]["optim_g"]["lr"])
         self.stage_index = -1
         self.teacher = self._build_teacher() if any(loss.needs_teacher for loss in self.losses.values()) else None
         super().init_training_settings()
         self._enter_stage(0)
-
-    def _build_losses(self) -> dict[str, StepLoss]:
-        losses: dict[str, StepLoss] = {}
-        for spec in self.recipe.losses:
-            compat.require_registered("loss", spec.type)
-            losses[f"l_{spec.type.lower()}"] = build_loss({"type": spec.type, **spec.extras()}).to(self.device)
-        for loss in losses.values():
-            for place in loss.taps:
-                tap(self.net, place, place)
-        return losses
 
     def _build_teacher(self) -> nn.Module:
         path = self.opt["path"].get("pretrain_network_float")
@@ -136,10 +145,12 @@ class QuantSRModel(RunState, SRModel):
             raise OptionsError(f"path.pretrain_network_float is needed: {names} compares with the float network")
         teacher = build_backbone(self.opt["network_g"]["backbone"])
         checkpoint.load_float_weights(teacher, path)
-        for loss in self.losses.values():
-            for place in loss.taps:
-                tap(teacher, place, place)
+        self._tap_features(teacher)
         return teacher.to(self.device).eval().requires_grad_(False)
+
+    def _tap_features(self, net: nn.Module) -> None:
+        for place in {place: None for loss in self.losses.values() for place in loss.taps}:
+            tap(net, place, place)
 
     def setup_optimizers(self) -> None:
         """One optimiser; one parameter group each for weights, ranges and others, as far as a stage trains them."""
@@ -196,8 +207,8 @@ class QuantSRModel(RunState, SRModel):
         """One training step.
 
         Raises:
-            FloatingPointError: If a loss is not finite, naming the file or the first site that caused it; the weights
-                are not changed by that step.
+            FloatingPointError: If a loss or a gradient is not finite, naming the file or the first site that caused
+                it; the weights are not changed by that step.
         """
         # Random numbers of a step depend on seed and iteration only, so that a resumed run draws the same.
         torch.manual_seed((self.opt["manual_seed"] + self.opt["rank"]) * 1_000_003 + current_iter)
@@ -206,7 +217,8 @@ class QuantSRModel(RunState, SRModel):
         loss_dict = self._compute_losses()
         sum(loss_dict.values()).backward()
         self.log_dict = self.reduce_loss_dict(loss_dict)
-        self._check_finite(current_iter)
+        where = f"iteration {current_iter}, process {self.opt['rank']}"
+        refuse_non_finite(where, self.net, self.log_dict, self.lq, self.gt, self._paths)
         self.optimizer_g.step()
         for _, quantizer in quantizers(self.net):
             quantizer.project()
@@ -233,18 +245,6 @@ class QuantSRModel(RunState, SRModel):
             losses[name] = loss(step)
         return losses
 
-    def _check_finite(self, current_iter: int) -> None:
-        bad = [
-            name for name, value in self.log_dict.items() if value != value or value in (float("inf"), -float("inf"))
-        ]
-        if not bad:
-            return
-        where = first_non_finite(self.net, self.lq, self.gt, self._paths)
-        raise FloatingPointError(
-            f"iteration {current_iter}: loss {', '.join(bad)} is not finite; first bad place: {where}. Earlier "
-            "checkpoints are kept. Lower the learning rates, add warmup_iter, or check the data."
-        )
-
     def model_ema(self, decay: float = 0.999) -> None:
         """Average parameters as the host does; copy buffers, which the host leaves behind."""
         super().model_ema(decay)
@@ -267,11 +267,18 @@ class QuantSRModel(RunState, SRModel):
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
         training = net.training
         net.eval()
+        patches, bits = self.opt["val"].get("patches"), []
+
+        def observed(x: torch.Tensor) -> torch.Tensor:
+            out = net(x)
+            bits.append(feature_average_bits(net, net.last_record()))
+            return out
+
         with torch.no_grad():
-            patches = self.opt["val"].get("patches")
-            self.output = run_in_patches(net, self.lq, self.opt["scale"], **patches) if patches else net(self.lq)
+            scale = self.opt["scale"]
+            self.output = run_in_patches(observed, self.lq, scale, **patches) if patches else observed(self.lq)
         net.train(training)
-        self._bits.append(feature_average_bits(net, net.last_record()))
+        self._bits.append(sum(bits) / len(bits))
 
     def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:
         super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
@@ -279,3 +286,10 @@ class QuantSRModel(RunState, SRModel):
         get_root_logger().info(f"\t # FAB {dataset_name}: {fab:.3f}")
         if tb_logger:
             tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
+
+
+def log_with_the_host() -> None:
+    """Have this package's messages written where the host's go: its console and its log file."""
+    own = logging.getLogger("qsr_plugin")
+    own.handlers, own.propagate = logger.handlers, False
+    own.setLevel(logger.level)

@@ -91,4 +91,6 @@ def changed_keys(old: Any, new: Any, path: str = "recipe") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in changed_keys(old.get(key), new.get(key), f"{path}.{key}")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new)) for line in changed_keys(*pair, f"{path}[{i}]")]
     return [] if old == new else [f"{path}: saved {old!r}, now {new!r}"]

@@ -31,7 +31,10 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str
             lines.append(f"{where}: required, but not given")
         else:
             message = re.sub(r"^Value error, ", "", item["msg"])
-            lines.append(f"{where}: {message}" + ("" if "Allowed" in message else f" (got {item['input']!r})"))
+            lines.append(
+                f"{where}: {message}"
+                + ("" if "Allowed" in message or repr(item["input"]) in message else f" (got {item['input']!r})")
+            )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 #: Integer limits: plain numbers for one bit width, or tensors that broadcast over the sample axis.
 Limits = tuple[Union[float, Tensor], Union[float, Tensor]]
@@ -155,6 +156,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: D102
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]

@@ -186,7 +186,7 @@ class Recipe(_Strict):
     placements: dict[str, tuple[Rule, ...]]
     quantizers: Quantizers
     policy: PolicySpec = PolicySpec(type="fixed")
-    calibration: Optional[Calibration] = Calibration()
+    calibration: Calibration = Calibration()
     stages: tuple[Stage, ...] = (Stage(),)
     losses: tuple[LossSpec, ...] = ()
 
@@ -264,7 +264,14 @@ def load_recipe(
 def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         data = {key: value for key, value in source.items() if key != "base"}
-        return _merge(_read(source["base"]), data) if "base" in source else data
+        if "base" not in source:
+            return data
+        base = _read(source["base"])
+        if data.get("method", base.get("method")) != base.get("method"):
+            raise RecipeError(
+                f"recipe: base '{source['base']}' meets method '{data['method']}', which a _base_ file brings in: keep one"
+            )
+        return _merge(base, data)
     path = Path(source)
     if path.suffix in (".yml", ".yaml"):
         if not path.is_file():

@@ -179,7 +179,7 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
     """
     if getattr(net, "recipe", None) is not None:
         raise RuntimeError(
-            f"{type(net).__name__} is already quantized with '{net.recipe.method}': build a fresh float network, load "
+            f"{net.float_class.__name__} is already quantized with '{net.recipe.method}': build a fresh float network, load "
             "its weights and quantize that"
         )
     if isinstance(net, RecordingRoot):
@@ -257,9 +257,10 @@ def tap(net: nn.Module, place: str, name: str) -> nn.Module:
     index, roles = _Index.of(net), roles_of(net)
     pattern, _, port = (roles[place][0] if roles.get(place) else place).partition(":")
     if pattern not in index.modules or port not in ("input", "output"):
+        near = difflib.get_close_matches(pattern, [*roles, *index.modules], n=5, cutoff=0.4)
         raise RecipeError(
-            f"cannot tap '{place}' of {type(net).__name__}: give 'module:input' or 'module:output', or a role. "
-            f"{suggest(pattern, [*index.modules, *roles])}"
+            f"cannot tap '{place}' of {getattr(net, 'float_class', type(net)).__name__}: give 'module:input' or "
+            f"'module:output', or a role. Near: {', '.join(near) or 'nothing'}."
         )
     module = index.modules[pattern]
     if not isinstance(module, Site):

@@ -139,7 +139,7 @@ def test_a_bad_image_is_named_and_no_weight_changes(data: Path, tmp_path: Path) 
     model.feed_data(bad)
     # Ranges follow the batch before the loss is known, so weights are what is promised here.
     with pytest.raises(
-        FloatingPointError, match=r"iteration 1: loss l_pix is not finite; first bad place: LQ image b\.png"
+        FloatingPointError, match=r"iteration 1, process 0: loss l_pix is not finite; first bad place: LQ image b\.png"
     ):
         model.optimize_parameters(1)
     assert all(torch.equal(before[k], v) for k, v in model.net.state_dict().items() if "quantizer" not in k)
@@ -203,12 +203,51 @@ def test_trained_network_is_not_calibrated_again(data: Path, tmp_path: Path) -> 
         ({"network_g": {"type": "EDSR"}}, "needs QuantNet"),
         ({"recipe": {"losses": [{"type": "SKTLoss"}]}}, "pretrain_network_float is needed"),
         ({"num_gpu": 2}, "torchrun"),
+        ({"recipe": {"losses": [{"type": "L1Loss"}]}}, "train.pixel_opt"),
+        ({"recipe": {"losses": [{"type": "SKTLoss", "wieght": 1}]}}, "wieght"),
         ({"train": {"scheduler": {"periods": [3]}}}, "_delete_: true"),
     ],
 )
 def test_options_that_cannot_work_are_refused(data: Path, tmp_path: Path, changes: dict, says: str) -> None:
     with pytest.raises(OptionsError, match=says):
         model_of(data, tmp_path, **changes)
+
+
+def test_a_bad_gradient_stops_before_the_step(data: Path, tmp_path: Path) -> None:
+    model = model_of(data, tmp_path)
+    step(model, 1)
+    model.net.body[0].conv2.bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = deepcopy(dict(model.net.named_parameters()))
+    with pytest.raises(FloatingPointError, match=r"the gradient of body\.0\.conv2\.bias is not finite"):
+        step(model, 2)
+    assert all(torch.equal(before[k], p) for k, p in model.net.named_parameters() if "quantizer" not in k)
+    assert all(bool(torch.isfinite(p).all()) for p in model.net_g_ema.parameters())
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_in_tests(data: Path, tmp_path: Path, caplog) -> None:
+    model = model_of(data, tmp_path)
+    model.save(0, 1)
+    path = {"pretrain_network_g": str(tmp_path / "models/net_g_1.safetensors")}
+    opt = options(data, tmp_path, path=path, recipe={"bits": {"weight": 8}})
+    with pytest.raises(checkpoint.CheckpointError, match=r"recipe\.bits\.weight: saved 4, now 8"):
+        build_model({**opt, "is_train": False})
+
+
+def test_two_losses_of_one_kind_both_count(data: Path, tmp_path: Path, float_file: Path) -> None:
+    losses = [{"type": "SKTLoss"}, {"type": "SKTLoss", "features": "body:output"}]
+    model = model_of(data, tmp_path, path={"pretrain_network_float": str(float_file)}, recipe={"losses": losses})
+    step(model, 1)
+    assert list(model.log_dict) == ["l_pix", "l_sktloss", "l_sktloss_2"]
+
+
+def test_validation_in_patches_and_calibration_from_a_folder(data: Path, tmp_path: Path, caplog) -> None:
+    folder = harness.write_photos(tmp_path / "lr", 3, side=24)
+    changes = {"calibration_folder": str(folder), "val": {"patches": {"size": 12, "overlap": 4}}}
+    model = model_of(data, tmp_path, **changes, recipe={"calibration": {"images": 2}})
+    model._bits = []
+    model.feed_data({"lq": torch.rand(1, 3, 20, 30)})
+    model.test()
+    assert model.output.shape == (1, 3, 80, 120) and model._bits == [4.0]
 
 
 def test_misspelt_loss_is_named(data: Path, tmp_path: Path) -> None:

@@ -47,6 +47,28 @@ def test_later_bases_and_the_file_itself_win(tmp_path: Path) -> None:
     assert load_options(file) == {"x": 2, "nested": {"a": 1, "b": 2, "c": 3}, "list": [3]}
 
 
+def test_forced_values_and_shipped_weights(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yml", '_base_: ["qsr:train/pams/edsr_small_x4_w4a4.yml"]\n')
+    options = load_options(file, ["recipe:bits:act=3", "datasets:train:gt_size=64"])
+    assert options["network_g"]["recipe"]["bits"] == {"weight": 4, "act": 3}
+    assert options["datasets"]["train"]["gt_size"] == 64
+    assert Path(options["path"]["pretrain_network_float"]).is_file()
+    with pytest.raises(OptionsError, match="no option 'datasets:train:gtsize'. Did you mean 'gt_size'"):
+        load_options(file, ["datasets:train:gtsize=64"])
+
+
+def test_values_that_do_not_merge_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.yml", "x: 1\n")
+    with pytest.raises(OptionsError, match="does not merge with its _base_"):
+        load_options(write(tmp_path / "b.yml", "_base_: a.yml\nx: {y: 2}\n"))
+
+
+def test_a_base_recipe_does_not_hide_behind_another(tmp_path: Path) -> None:
+    text = '_base_: ["qsr:train/pams/edsr_small_x4_w4a4.yml"]\nrecipe: {base: minmax}\n'
+    with pytest.raises(RecipeError, match="base 'minmax' meets method 'pams'"):
+        load_options(write(tmp_path / "a.yml", text))
+
+
 def test_delete_drops_what_a_base_says(tmp_path: Path) -> None:
     write(tmp_path / "a.yml", "scheduler: {type: MultiStepLR, milestones: [1]}\n")
     file = write(tmp_path / "b.yml", "_base_: a.yml\nscheduler: {_delete_: true, type: Cosine, periods: [9]}\n")

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 def test_training_logs_and_saves(trained: tuple[Path, Path, str]) -> None:
     root, _, log = trained
     assert list(harness.losses(log)) == list(range(1, 13))
-    assert "Calibrated ranges on 4 image(s)" in log and "Stage 2 of 2" in log
+    assert "quantizers on 4 image(s)" in log and "Stage 2 of 2" in log
     assert "FAB tinyval: 3.000" in log  # the forced value reached the recipe
     models = root / "experiments/run/models"
     assert {"net_g_12.pth", "net_g_12.safetensors", "net_g_latest.pth"} <= {path.name for path in models.iterdir()}
@@ -65,6 +65,33 @@ def test_nothing_is_written_when_the_data_cannot_be_used(trained: tuple[Path, Pa
     )
     assert done.returncode != 0 and "the data cannot be used" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "experiments").exists()
+
+
+def test_forced_values_come_before_the_check_of_the_data(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+    _, data, _ = trained
+    broken = harness.options(data, datasets={"train": {"dataroot_gt": "nowhere.lmdb"}}, train={"total_iter": 1})
+    file = harness.write_options(broken, tmp_path / "a.yml")
+    harness.train(file, tmp_path, "--force_yml", f"datasets:train:dataroot_gt={data / 'GT.lmdb'}")
+    command = ["-m", "qsr_plugin.train", "-opt", str(file), "--force_yml", "recipe:bits:weigth=3"]
+    done = harness.run(command, tmp_path)
+    assert done.returncode != 0 and "Did you mean 'weight'" in done.stderr
+
+
+def test_a_finished_experiment_is_left_alone_by_a_run_that_cannot_start(trained, tmp_path: Path) -> None:
+    _, data, _ = trained
+    done = tmp_path / "experiments/run"
+    done.mkdir(parents=True)
+    bad = [
+        {"network_g": {"backbone": {"type": "EDRS"}}},
+        {"network_g": {"backbone": {"num_blocks": 2}}},
+        {"path": {"pretrain_network_float": "missing.pth"}},
+        {"recipe": {"losses": [{"type": "SKTLos"}]}},
+    ]
+    for change in bad:
+        file = harness.write_options(harness.options(data, **change), tmp_path / "a.yml")
+        failed = harness.run(["-m", "qsr_plugin.train", "-opt", str(file)], tmp_path)
+        assert failed.returncode != 0 and "Traceback" not in failed.stderr, change
+        assert [path.name for path in done.parent.iterdir()] == ["run"]
 
 
 def test_unknown_names_say_what_is_near(trained: tuple[Path, Path, str], tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Calibration crops from a folder: full batches, reproducible, from photos or from low-resolution images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from qsr_plugin.data.calibration_set import crops_from_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        shape = (80, 120, 3) if number % 2 else (120, 80, 3)
+        cv2.imwrite(str(tmp_path / f"{number}.png"), rng.integers(0, 256, shape, dtype=np.uint8))
+    return tmp_path
+
+
+def shapes(batches) -> list[tuple[int, ...]]:
+    return sorted(tuple(batch.shape) for batch in batches)
+
+
+def test_crops_of_equal_size_share_a_batch(folder: Path) -> None:
+    sizes = shapes(crops_from_folder(folder, images=10, batch=4))
+    assert sizes == [(1, 3, 80, 96), (1, 3, 96, 80), (4, 3, 80, 96), (4, 3, 96, 80)]
+    assert shapes(crops_from_folder(folder, images=8, batch=4, side=32)) == [(4, 3, 32, 32)] * 2
+    assert shapes(crops_from_folder(folder, images=10, batch=16, scale=4)) == [(5, 3, 20, 30), (5, 3, 30, 20)]
+
+
+def test_the_draw_follows_the_seed(folder: Path) -> None:
+    def draw(seed: int) -> list[torch.Tensor]:
+        return list(crops_from_folder(folder, images=4, batch=2, side=32, seed=seed))
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(0), draw(0)))
+    assert not all(torch.equal(a, b) for a, b in zip(draw(0), draw(1)))
+    assert all(batch.min() >= 0 and batch.max() <= 1 for batch in draw(0))
