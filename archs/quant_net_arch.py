@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Union
 
-from basicsr.archs import build_network
+import basicsr.archs  # noqa: F401 - registers the host's networks
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
@@ -38,7 +38,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
         raise OptionsError(f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)}")
     try:
-        net = build_network({**options, "type": name})
+        net = ARCH_REGISTRY.get(name)(**{key: value for key, value in options.items() if key != "type"})
     except (TypeError, ValueError) as error:
         raise OptionsError(f"network_g.backbone ({kind}): {error}") from None
     net.backbone_options = {**options, "type": kind}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from basicsr.losses import build_loss
+from basicsr.utils.registry import LOSS_REGISTRY
 
 from qsr_plugin import compat
 from qsr_plugin.losses.context import StepLoss
@@ -31,7 +31,7 @@ def build_step_losses(specs: Iterable[LossSpec], device: torch.device | str = "c
     for spec in specs:
         compat.require_registered("loss", spec.type)
         try:
-            loss = build_loss({"type": spec.type, **spec.extras()})
+            loss = LOSS_REGISTRY.get(spec.type)(**spec.extras())
         except TypeError as error:
             raise OptionsError(f"recipe.losses: {spec.type}: {error}") from None
         if not isinstance(loss, StepLoss):

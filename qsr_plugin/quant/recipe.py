@@ -269,7 +269,7 @@ def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
         base = _read(source["base"])
         if data.get("method", base.get("method")) != base.get("method"):
             raise RecipeError(
-                f"recipe: base '{source['base']}' meets method '{data['method']}', which a _base_ file brings in: keep one"
+                f"recipe: base '{source['base']}' meets method '{data['method']}' of a _base_ file: keep one of them"
             )
         return _merge(base, data)
     path = Path(source)

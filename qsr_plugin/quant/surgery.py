@@ -179,8 +179,8 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
     """
     if getattr(net, "recipe", None) is not None:
         raise RuntimeError(
-            f"{net.float_class.__name__} is already quantized with '{net.recipe.method}': build a fresh float network, load "
-            "its weights and quantize that"
+            f"{net.float_class.__name__} is already quantized with '{net.recipe.method}': build a fresh float "
+            "network, load its weights and quantize that"
         )
     if isinstance(net, RecordingRoot):
         raise RuntimeError(f"{type(net).__name__} has taps already: quantize the network first, then tap it")
