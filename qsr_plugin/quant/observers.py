@@ -103,7 +103,6 @@ class Observer:
         self._statistic = statistic
         self._momentum = momentum
         self._range: Range | None = None
-        self.batches = 0
 
     def update(self, x: Tensor) -> None:
         """Take one batch into account.
@@ -125,7 +124,6 @@ class Observer:
         else:
             m = self._momentum
             self._range = tuple(m * old + (1.0 - m) * new for old, new in zip(self._range, (low, high)))
-        self.batches += 1
 
     def range(self) -> Range:
         """``(low, high)`` as 0-d float32 tensors.
