@@ -113,7 +113,7 @@ def test_model(second_python: Path, project: Path) -> None:
     """The package's model calibrates and trains a network of the host, from a recipe named in ``network_g``."""
     log = train(second_python, project)
     check_modules(second_python, project)
-    assert "Calibrated ranges on 4 image(s)" in log
+    assert "quantizers on 4 image(s)" in log
     assert list(harness.losses(log)) == [1, 2, 3, 4]
     assert "# FAB tinyval: 4.000" in log
     models = project / "experiments" / "run" / "models"
