@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -78,7 +79,7 @@ def quantize(
     backbone = _backbone(arch)
     scale = _scale(backbone)
     float_net = _float_network(backbone, weights)
-    net = quantize_model(_float_network(backbone, weights), recipe)
+    net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
     batches = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
     calibrate(net, track(batches, description="calibrating", total=None, console=console))
@@ -116,6 +117,8 @@ def report(
     found = re.fullmatch(r"(\d+)x(\d+)", size)
     if not found:
         raise typer.BadParameter(f"--size is '{size}'; expected HEIGHTxWIDTH, e.g. 180x320")
+    if model.suffix == ".pth":
+        raise typer.BadParameter(f"'{model}' names no backbone: give the .safetensors that lies beside it")
     trained = model.suffix == ".safetensors"
     if test is not None and not trained:
         raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")
@@ -208,6 +211,7 @@ def main() -> None:
     log = logging.getLogger("qsr_plugin")
     log.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_time=False))
     log.setLevel(logging.INFO)
+    logging.getLogger("qsr_plugin.compat").setLevel(logging.WARNING)  # 'python -m qsr_plugin.compat' lists its repairs
     try:
         app()
     except (UserError, ValueError, OSError) as error:

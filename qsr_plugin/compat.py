@@ -166,8 +166,9 @@ def import_host(name: str = "basicsr") -> types.ModuleType:
         raise HostMissingError(INSTALL_HELP)
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise HostMissingError(f"Cannot import '{name}': {error}. {describe_host()}", name=error.name) from error
+    except (ImportError, RuntimeError) as error:  # torchvision without its operators raises RuntimeError
+        missing = getattr(error, "name", None)
+        raise HostMissingError(f"Cannot import '{name}': {error}. {describe_host()}", name=missing) from error
 
 
 def host_location() -> Path | None:

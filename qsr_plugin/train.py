@@ -33,7 +33,7 @@ def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ``--force_yml`` is applied here, before the data are checked and the recipe is read. Old launchers pass
     ``--local-rank``, which the host spells ``--local_rank``.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="-opt FILE [options]")
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s -opt FILE [options]")
     parser.add_argument("-opt", required=True, help="option file (YAML), with _base_ inheritance")
     parser.add_argument("--force_yml", nargs="+", default=[], metavar="KEY:KEY=VALUE", help="values over the file's")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe differs")

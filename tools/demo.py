@@ -95,7 +95,7 @@ def train(options: dict[str, Any], folders: demo.Folders) -> nn.Module:
     """The short PAMS run, with a bar; its network."""
     columns = (
         TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         total = options["train"]["total_iter"]
@@ -135,8 +135,11 @@ def report(results: Results) -> None:
     figures = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in rows}
     write_json(figures, folders.root / "results.json")
     console.print(table)
-    console.print("FAB: average bits of the quantized activations. Size: with weights packed.")
-    console.print("PAMS also quantizes the path around each block, the other two leave it float.")
+    console.print(
+        "Quantized are the residual blocks; 'full' adds the rest, first, upsampling and last layers at 8 bits."
+    )
+    console.print("PAMS also quantizes the path around each block, which the others leave float.")
+    console.print("FAB: mean bits of the block activations. Size: with weights packed.")
 
 
 def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
@@ -154,6 +157,9 @@ def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
         recipe = load_recipe("percentile", weight_bits=4, act_bits=4)
         net = calibrated(options, weights, recipe, folders.models / "percentile_w4a4.safetensors")
         results.add("percentile W4A4", net)
+        recipe = load_recipe("percentile", weight_bits=4, act_bits=4, placement="full")
+        net = calibrated(options, weights, recipe, folders.models / "percentile_w4a4_full.safetensors")
+        results.add("percentile W4A4, full", net)
         recipe = load_recipe(options["network_g"]["recipe"])
         net = calibrated(options, weights, recipe, folders.models / "pams_w4a4.safetensors")
         results.add("PAMS W4A4, calibrated", net)

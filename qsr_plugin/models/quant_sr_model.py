@@ -120,8 +120,7 @@ class QuantSRModel(RunState, SRModel):
             return
         float_path = path.get("pretrain_network_float")
         if float_path:
-            count = checkpoint.load_float_weights(self.net, float_path)
-            logger.info("Loaded %d of %d float keys from %s.", count, count, float_path)
+            checkpoint.load_float_weights(self.net, float_path)
         else:
             logger.warning("path.pretrain_network_float is not set: the float weights are random.")
         if any(quantizer.needs_calibration for _, quantizer in quantizers(self.net)):

@@ -46,13 +46,13 @@ def calibrating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def calibrate(net: nn.Module, images: Union[str, Path, Iterable[Tensor]]) -> nn.Module:
+def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]) -> nn.Module:
     """Set all ranges of a quantized network from images. A second call replaces the first.
 
     Args:
         net: Network from :func:`quantize_model`.
-        images: A folder of low-resolution images, or any iterable of ``(N, 3, H, W)`` float tensors, RGB in [0, 1], or
-            of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch for the statistics.
+        images: A folder of low-resolution images, a ``(N, 3, H, W)`` float tensor, RGB in [0, 1], or any iterable of
+            such tensors or of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch.
 
     Returns:
         ``net``.
@@ -63,6 +63,7 @@ def calibrate(net: nn.Module, images: Union[str, Path, Iterable[Tensor]]) -> nn.
     """
     if not any(True for _ in sites(net)) and getattr(net, "recipe", None) is None:
         raise RuntimeError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
+    images = [images] if isinstance(images, Tensor) else images
     device = next(net.parameters()).device
     count = 0
     with calibrating(net):

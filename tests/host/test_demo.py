@@ -136,7 +136,7 @@ def test_whole_script(
 
     figures = json.loads((out / "results.json").read_text())
     fab = {label: row["scores"]["fab"] for label, row in figures.items()}
-    assert list(fab.values()) == [32, 8, 4, 4, 4] and list(fab)[-1] == "PAMS W4A4, trained"
+    assert list(fab.values()) == [32, 8, 4, 4, 4, 4] and list(fab)[-1] == "PAMS W4A4, trained"
     printed = capsys.readouterr().out
     assert all(f"{row['scores']['psnr']:.2f}" in printed for row in figures.values())
     assert [path.stem for path in list_images(out / "pictures")] == sorted(demo.TEST_PHOTOS)
