@@ -235,7 +235,8 @@ def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "pa
         kind = getattr(net, "float_class", type(net))
         raise CheckpointError(
             f"{path} does not fit {kind.__name__} ({len(problems)} differences, the network has {len(expected)} keys); "
-            "nothing was loaded. Check backbone type, sizes and scale. First differences:\n  " + "\n  ".join(problems[:8])
+            "nothing was loaded. Check backbone type, sizes and scale. First differences:\n  "
+            + "\n  ".join(problems[:8])
         )
     net.load_state_dict({**own, **state})
     logger.info("loaded %d of %d keys of the float network from %s", len(state), len(expected), path)
