@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Tell the C library not to return freed memory to the system.
 
     A training step on the CPU allocates and frees the same large tensors each time. By default glibc gives them back
-    and the system maps and clears them again: about 100,000 page faults in one quantized step of EDSR-baseline, a fifth
-    of its time. Does nothing on GPUs, whose memory PyTorch keeps itself, and where the C library has no such switch.
+    and the system maps and clears them again, page by page, in every step; the quantizers' temporaries trigger it. Does
+    nothing on GPUs, whose memory PyTorch keeps itself, and where the C library has no such switch.
 
     Returns:
         Whether the C library took the setting.

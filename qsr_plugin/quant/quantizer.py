@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.observers import Observer, Range
-from qsr_plugin.quant.ops import Limits, per_sample
+from qsr_plugin.quant.ops import per_sample
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -265,5 +265,5 @@ def quantizer_class(name: str) -> type[Quantizer]:
     return QUANTIZERS[name]
 
 
-__all__ = ["Bits", "Limits", "NotCalibratedError", "QParams", "QUANTIZERS", "Quantizer", "StrictOptions"]
+__all__ = ["Bits", "NotCalibratedError", "QParams", "QUANTIZERS", "Quantizer", "StrictOptions"]
 __all__ += ["quantizer_class", "register_quantizer"]

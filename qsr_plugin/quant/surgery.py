@@ -269,5 +269,5 @@ def tap(net: nn.Module, place: str, name: str) -> nn.Module:
     return record_root(net)
 
 
-__all__ = ["ROLE_TABLES", "Place", "RecordingRoot", "find_places", "plugin_keys", "quantize_model", "quantizers"]
+__all__ = ["ROLE_TABLES", "Place", "find_places", "plugin_keys", "quantize_model", "quantizers"]
 __all__ += ["register_roles", "roles_of", "sites", "tap"]
