@@ -12,7 +12,8 @@ from torch import nn
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.options_file import OptionsError
-from qsr_plugin.quant.recipe import Recipe, load_recipe
+from qsr_plugin.quant.recipe import load_recipe
+from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantize_model
 
 _FOREIGN = {"basicsr", "qsr"}

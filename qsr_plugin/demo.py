@@ -24,7 +24,7 @@ from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.resize import downscale
 from qsr_plugin.errors import UserError
 from qsr_plugin.options_file import load_options, options_folder, write_options
-from qsr_plugin.quant.recipe import Calibration
+from qsr_plugin.quant.schema import Calibration
 
 SCALE = 4
 TRAIN_PHOTOS = ("coffee", "rocket", "immunohistochemistry", "hubble_deep_field", "retina")

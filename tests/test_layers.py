@@ -25,7 +25,7 @@ METHODS = [
     "cadyq",
     "cabm",
     "adabm",
-    "granular",
+    "granular[-_]dq",
     "ptq4sr",
     "2dquant",
 ]

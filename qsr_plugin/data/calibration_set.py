@@ -15,7 +15,7 @@ from torch import Tensor
 from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
 from qsr_plugin.data.resize import downscale
 from qsr_plugin.quant.calibrate import image_batches
-from qsr_plugin.quant.recipe import Calibration
+from qsr_plugin.quant.schema import Calibration
 
 
 def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterator[Tensor]:

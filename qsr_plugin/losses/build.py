@@ -10,7 +10,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from qsr_plugin import compat
 from qsr_plugin.losses.context import StepLoss
 from qsr_plugin.options_file import OptionsError
-from qsr_plugin.quant.recipe import LossSpec
+from qsr_plugin.quant.schema import LossSpec
 
 
 def build_step_losses(specs: Iterable[LossSpec], device: torch.device | str = "cpu") -> dict[str, StepLoss]:

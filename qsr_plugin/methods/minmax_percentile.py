@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsr_plugin.quant.observers import Observer, Range, build_observer, omse, quantiles
+from qsr_plugin.quant.observers import Momentum, Observer, Range, build_observer, omse, quantiles
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 
@@ -61,7 +61,7 @@ class AsymmetricQuantizer(_BoundedQuantizer):
 
         observer: ObserverName = "minmax"
         alpha: float = Field(0.99, gt=0.5, le=1)
-        momentum: float = Field(0.9, ge=0, lt=1)
+        momentum: Momentum = 0.9
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
         super().__init__(options, candidates, role, channel_axis)

@@ -30,7 +30,7 @@ class MaxAbsQuantizer(Quantizer):
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize a weight of any shape."""
         _, qmax = int_limits(bits, narrow=True)
-        return fake_quantize(x, self._max_abs(x), qmax, (-qmax, qmax))
+        return fake_quantize(x, self._max_abs(x), qmax)
 
     @staticmethod
     def _max_abs(weight: Tensor) -> Tensor:
@@ -71,6 +71,7 @@ class PAMSQuantizer(Quantizer):
         momentum: float = Field(0.9, ge=0, lt=1)
 
     roles = ("act",)
+    tracking = "momentum"
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
         super().__init__(options, candidates, role, channel_axis)
@@ -93,9 +94,9 @@ class PAMSQuantizer(Quantizer):
             self.set_range(-latest, past * self.observed_max + (1.0 - past) * latest)
             self.mark_calibrated()
         alpha, bits = self._select(self.candidates[0] if len(self.candidates) == 1 else max(self.candidates), x)
-        limits = int_limits(bits, narrow=True)
+        _, qmax = int_limits(bits, narrow=True)
         # A copy, because a module used twice in one forward sets alpha again before this gradient is taken.
-        return fake_quantize(x, alpha.clone(), limits[1], limits)
+        return fake_quantize(x, alpha.clone(), qmax)
 
     def _select(self, bits: int | Tensor, x: Tensor) -> tuple[Tensor, int | Tensor]:
         if self.alpha.dim() == 0:

@@ -28,7 +28,7 @@ from qsr_plugin.models.run_state import RunState, changed_keys
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.recipe import Recipe
+from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers, tap
 from qsr_plugin.report.fab import feature_average_bits
 

@@ -8,26 +8,51 @@ from itertools import accumulate
 from torch import nn
 from torch.optim import Optimizer
 
-from qsr_plugin.quant.policy import BitPolicy
-from qsr_plugin.quant.quantizer import Quantizer
-from qsr_plugin.quant.recipe import Stage
-from qsr_plugin.quant.surgery import quantizers
-
-GROUPS = ("weights", "ranges", "others")
+from qsr_plugin.quant.recipe import RecipeError
+from qsr_plugin.quant.schema import Stage
+from qsr_plugin.quant.surgery import plugin_keys, quantizers
 
 
 def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of a quantized network by learning group; every parameter is in exactly one.
+    """Parameters of a quantized network by learning group; every parameter that is in use is in exactly one.
 
     Returns:
-        ``weights``: those of the float network. ``ranges``: range parameters of the quantizers. ``others``: the rest
-        of quantizers and bit policies. Groups may be empty.
+        ``weights``: those of the float network. ``ranges``: range parameters of the activations' quantizers.
+        ``weight_ranges``: those of the weights' quantizers. ``others``: what else was added to the float network.
+        Groups may be empty.
     """
-    parts = [module for module in net.modules() if isinstance(module, (Quantizer, BitPolicy))]
-    ranges = {id(p): p for part in parts if isinstance(part, Quantizer) for p in part.range_parameters()}
-    others = {id(p): p for part in parts for p in part.parameters() if id(p) not in ranges}
-    weights = [p for p in net.parameters() if id(p) not in ranges and id(p) not in others]
-    return {"weights": weights, "ranges": list(ranges.values()), "others": list(others.values())}
+    quantizing = [quantizer for _, quantizer in quantizers(net)]
+    idle = {id(p) for quantizer in quantizing for p in quantizer.idle_parameters()}
+    group_of = {
+        id(p): "ranges" if quantizer.role == "act" else "weight_ranges"
+        for quantizer in quantizing
+        for p in quantizer.range_parameters()
+    }
+    added = plugin_keys(net)
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "ranges": [], "weight_ranges": [], "others": []}
+    for name, parameter in net.named_parameters():
+        if id(parameter) not in idle:
+            groups[group_of.get(id(parameter), "others" if name in added else "weights")].append(parameter)
+    return groups
+
+
+def check_stages(stages: Iterable[Stage], net: nn.Module) -> None:
+    """Refuse stages that ask for what no quantizer of the network can do, before any work is done.
+
+    Raises:
+        RecipeError: Naming the stage and what to change.
+    """
+    kinds = {type(quantizer) for _, quantizer in quantizers(net)}
+    for index, stage in enumerate(stages):
+        tracking = None if stage.track_ranges is None else "mean" if stage.track_ranges == "mean" else "momentum"
+        if tracking and not any(kind.tracking == tracking for kind in kinds):
+            can = sorted({kind.tracking for kind in kinds if kind.tracking}) or ["nothing"]
+            raise RecipeError(
+                f"recipe.stages[{index}].track_ranges is {stage.track_ranges!r}: no quantizer of this network follows "
+                f"ranges by {tracking} (they know: {', '.join(can)}). Remove it; ranges are calibrated before training."
+            )
+        if stage.gated and not any(kind.gated for kind in kinds):
+            raise RecipeError(f"recipe.stages[{index}].gated: no quantizer of this network has a gate. Remove it.")
 
 
 class StageSchedule:
@@ -53,14 +78,14 @@ class StageSchedule:
         return self.base_lr if chosen is None else chosen
 
     def apply(self, index: int, net: nn.Module) -> None:
-        """Freeze and unfreeze the groups and switch range tracking as the stage says."""
+        """Freeze and unfreeze the groups and tell the quantizers what the stage says about ranges."""
         stage = self.stages[index]
+        net.requires_grad_(False)  # idle parameters are in no group
         for group, parameters in parameter_groups(net).items():
             for parameter in parameters:
                 parameter.requires_grad_(group in stage.train)
         for _, quantizer in quantizers(net):
-            tracks = stage.track_ranges is not None and quantizer.role == "act"
-            quantizer.set_tracking(stage.track_ranges if tracks else None)
+            quantizer.enter_stage(stage)
 
     def set_learning_rates(self, index: int, optimizer: Optimizer, schedulers: Iterable) -> None:
         """Change the learning rates to a stage's, keeping the decay that the scheduler has reached."""

@@ -39,6 +39,8 @@ def calibrating(net: nn.Module) -> Iterator[None]:
                 quantizer.observed_range()  # a place without data fails before any range is changed
             for quantizer in parts:
                 quantizer.end_calibration()
+            for kind in {type(quantizer): None for quantizer in parts}:
+                kind.settle([quantizer for quantizer in parts if type(quantizer) is kind])
     finally:
         for quantizer in parts:
             quantizer.end_calibration(keep=False)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal, Union
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize
 
 Range = tuple[Tensor, Tensor]
+#: How batches are joined: the weight of the past in [0, 1), or the plain mean of all.
+Momentum = Union[Annotated[float, Field(ge=0, lt=1)], Literal["mean"]]
 
 
 def minmax(x: Tensor) -> Range:
@@ -59,6 +62,16 @@ def sample_max(x: Tensor) -> Range:
     return -high, high
 
 
+def mean_magnitude(x: Tensor, negative: float = -1e-5) -> Range:
+    """Mean magnitude ``m`` as ``(-m, m)``, or ``(0, m)`` for a tensor without values below ``negative``.
+
+    Learned-step quantizers start from it (Esser et al., ICLR 2020), and read from it whether codes are signed.
+    """
+    values = x.detach().float()
+    mean = values.abs().mean()
+    return torch.where(values.amin() < negative, -mean, torch.zeros_like(mean)), mean
+
+
 def omse(x: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, shrink: float = 0.01) -> Range:
     """Range among shrunken copies of ``(low, high)`` with the least mean squared quantization error.
 
@@ -96,12 +109,13 @@ class Observer:
 
     Args:
         statistic: Function from a tensor to ``(low, high)``.
-        momentum: Weight of the past in [0, 1). ``0`` keeps the latest batch only.
+        momentum: Weight of the past in [0, 1). ``0`` keeps the latest batch only, ``mean`` is the mean of all.
     """
 
-    def __init__(self, statistic: Callable[[Tensor], Range], momentum: float) -> None:
+    def __init__(self, statistic: Callable[[Tensor], Range], momentum: Momentum) -> None:
         self._statistic = statistic
         self._momentum = momentum
+        self._batches = 0
         self._range: Range | None = None
 
     def update(self, x: Tensor) -> None:
@@ -122,8 +136,9 @@ class Observer:
         if self._range is None:
             self._range = (low, high)
         else:
-            m = self._momentum
+            m = self._batches / (self._batches + 1.0) if self._momentum == "mean" else self._momentum
             self._range = tuple(m * old + (1.0 - m) * new for old, new in zip(self._range, (low, high)))
+        self._batches += 1
 
     def range(self) -> Range:
         """``(low, high)`` as 0-d float32 tensors.
@@ -142,7 +157,7 @@ _NAMES = ("minmax", "percentile", "omse", "sample_max")
 OMSE_CANDIDATES = 90
 
 
-def build_observer(name: ObserverName, *, momentum: float, alpha: float, bits: int) -> Observer:
+def build_observer(name: ObserverName, *, momentum: Momentum, alpha: float, bits: int) -> Observer:
     """Make an observer by name.
 
     Args:

@@ -8,6 +8,7 @@ follow from them by the chain rule, because bounds and span are ordinary differe
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Union
 
 import torch
@@ -94,21 +95,23 @@ def fake_quantize(
     x: Tensor,
     span: Tensor,
     steps: float | Tensor,
-    limits: Limits,
+    limits: Limits | None = None,
     *,
     bounds: tuple[Tensor, Tensor] | None = None,
     anchor: Tensor | None = None,
+    shift: float | Tensor = 0.0,
     ties: Ties = "inside",
+    steepness: float = 0.0,
 ) -> Tensor:
     """Quantize to a uniform grid and back.
 
-    ``x_q = anchor + s * clip(round((x - anchor) / s), qmin, qmax)`` with ``s = span / steps``.
+    ``x_q = anchor + s * (clip(round((x - anchor) / s + shift), qmin, qmax) - shift)`` with ``s = span / steps``.
 
     The step is given as a stretch of the axis and the number of steps in it, so that ``x * steps / span`` falls on the
-    same side of a rounding tie as the formulas of the papers. Rounding is half to even. Arithmetic is done in at least
-    float32; the result has the dtype of ``x``.
+    same side of a rounding tie as the formulas of the papers; ``shift`` is given in steps for the same reason. Rounding
+    is half to even. Arithmetic is done in at least float32; the result has the dtype of ``x``.
 
-    Gradients, with ``x_q`` the result, inside and outside as told by ``bounds``::
+    Gradients, with ``x_q`` the result, inside and outside as told by ``bounds``, for straight-through rounding::
 
         d x_q / d x     = 1 inside, 0 outside
         d x_q / d span  = (x_q - x) / span inside, 0 outside
@@ -116,43 +119,55 @@ def fake_quantize(
         d x_q / d upper = 1 above the upper bound, 0 elsewhere
         d x_q / d lower = 1 below the lower bound, 0 elsewhere
 
+    With a ``steepness`` k the derivative of rounding is not 1 but that of a soft staircase (Qin et al., NeurIPS 2023),
+    ``R'(v) = k sech^2(k (f - 1/2)) / (2 tanh(k/2))`` with f the fraction of ``v = x / s``, and inside
+    ``d x_q / d x = R'``, ``d x_q / d span = (x_q - x R') / span``.
+
     Args:
         x: Float tensor of any shape and range, not modified.
         span: Positive stretch, in units of ``x``, broadcastable to ``x``.
         steps: How many steps make up the span; a number, or a tensor broadcastable to ``x``.
-        limits: Smallest and largest code, see :func:`int_limits`.
-        bounds: ``(lower, upper)``: the clip range in units of ``x``, broadcastable to ``x``, equal to the values of the
-            two limit codes. ``None`` means nothing is clipped: codes may leave the limits and every element is inside.
-        anchor: Value of code 0, broadcastable to ``x``; 0 if not given. Receives no gradient.
+        limits: Smallest and largest code, see :func:`int_limits`; ``None`` leaves codes unlimited.
+        bounds: ``(lower, upper)``: the clip range in units of ``x``, broadcastable to ``x``: which elements are
+            outside, and where the gradient of what is clipped goes. ``None`` means that every element counts as inside,
+            also where its code is limited.
+        anchor: Value of code ``shift``, broadcastable to ``x``; 0 if not given. Receives no gradient.
+        shift: Code of the anchor, in steps; 1/2 makes a grid without a level at the anchor. Receives no gradient.
         ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (strict
             inequality) or ``split``, half and half (element-wise minimum and maximum).
+        steepness: Steepness of the soft staircase; 0 for straight-through rounding. Not together with an anchor.
 
     Returns:
         Fake-quantized tensor with the shape and dtype of ``x``.
     """
     lower, upper = bounds if bounds is not None else (None, None)
-    return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, ties)
+    return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, shift, ties, steepness)
 
 
 class _FakeQuantize(torch.autograd.Function):
     """One pass out of place, the rest in place; the backward works on signs, which vectorise where masks do not."""
 
     @staticmethod
-    def forward(ctx, x, span, steps, lower, upper, anchor, limits, ties):  # noqa: D102
+    def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness):  # noqa: D102
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         rate = steps / span
+        shifted = isinstance(shift, Tensor) or shift != 0.0
         y = wide * rate if anchor is None else (wide - anchor).mul_(rate)
+        if shifted:
+            y.add_(shift)
         y.round_()
-        if upper is not None:
+        if limits is not None:
             y.clamp_(*limits) if not isinstance(limits[1], Tensor) else y.clamp_(*_as_tensors(limits))
+        if shifted:
+            y.sub_(shift)
         y.mul_(span / steps)
         if anchor is not None:
             y.add_(anchor)
         # The rounding error is kept, not the result: whoever gets the result may change it in place.
-        error = torch.sub(y, wide) if any(ctx.needs_input_grad[1:3]) else None
-        kept = wide if upper is not None else None
+        error = torch.sub(y, wide) if steepness or any(ctx.needs_input_grad[1:3]) else None
+        kept = wide if upper is not None or steepness else None
         ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
-        ctx.ties, ctx.wide = ties, wide.dtype
+        ctx.ties, ctx.wide, ctx.steepness, ctx.steps = ties, wide.dtype, steepness, steps
         return y.to(x.dtype)
 
     @staticmethod
@@ -164,16 +179,27 @@ class _FakeQuantize(torch.autograd.Function):
         inside, side = (wide, None) if upper is None else _shares(x, lower, upper, ctx.ties)
         if upper is not None:
             inside.mul_(wide)
+        through = inside if not ctx.steepness else _staircase_slope(error, span / ctx.steps, ctx.steepness).mul_(inside)
         grad_span = grad_steps = grad_lower = grad_upper = None
         if need_span:
-            grad_span = _reduce(inside, error, span) / span
+            moved = _reduce(inside, error, span)
+            if ctx.steepness:
+                moved = moved + _reduce(inside - through, x, span)
+            grad_span = moved / span
         if need_steps:
             grad_steps = -_reduce(inside, error, steps) / steps
         if need_lower or need_upper:
             sided, total = _reduce(wide, side, upper), _reduce(wide, side.abs_(), upper)
             grad_upper, grad_lower = (total + sided) * 0.5, (total - sided) * 0.5
-        grad_x = inside.to(grad.dtype) if need_x else None
-        return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None
+        grad_x = through.to(grad.dtype) if need_x else None
+        return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None, None, None
+
+
+def _staircase_slope(error: Tensor, step: Tensor, steepness: float) -> Tensor:
+    """``k sech^2(k (f - 1/2)) / (2 tanh(k/2))``; ``|f - 1/2| = 1/2 - |round(v) - v|``, and sech is even."""
+    slope = (error / step).abs_().sub_(0.5).mul_(steepness).tanh_()
+    peak = steepness / (2.0 * math.tanh(steepness / 2.0))
+    return slope.square_().mul_(-peak).add_(peak)
 
 
 def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ register themselves with :func:`register_quantizer`; everything else finds them 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, Union
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.observers import Observer, Range
 from qsr_plugin.quant.ops import per_sample
+
+if TYPE_CHECKING:
+    from qsr_plugin.quant.schema import Stage
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -73,6 +77,10 @@ class Quantizer(nn.Module):
     roles: ClassVar[tuple[Role, ...]] = ("act", "weight")
     #: False for quantizers that take their range from the tensor itself in every forward.
     needs_calibration: ClassVar[bool] = True
+    #: How ranges can follow the training batches: a moving average, the mean of all batches, or not at all.
+    tracking: ClassVar[Literal["momentum", "mean", None]] = None
+    #: Whether there is a gate that can rescale the range for each image.
+    gated: ClassVar[bool] = False
 
     calibrated: Tensor
 
@@ -82,7 +90,7 @@ class Quantizer(nn.Module):
         self.site = ""
         self.counts_in_fab = role == "act"
         self._observer: Observer | None = None
-        self._tracking: float | None = None
+        self._tracking: float | str | None = None
         self._ready = not self.needs_calibration
         if self.needs_calibration:
             self.register_buffer("calibrated", torch.tensor(False))
@@ -123,12 +131,17 @@ class Quantizer(nn.Module):
         """Turn an observed range (0-d tensors) into this quantizer's parameters."""
         raise NotImplementedError
 
-    def track(self, x: Tensor, momentum: float) -> Tensor:
-        """Follow the range of the training batches and quantize with it, for methods that learn from a moving range."""
-        raise TypeError(
-            f"{type(self).__name__} cannot track ranges during training (site {self.site}): remove 'track_ranges' from "
-            "the stage, and calibrate before training."
-        )
+    def track(self, x: Tensor, momentum: float | str) -> Tensor:
+        """Follow the range of the training batches; only called on classes that declare :attr:`tracking`."""
+        raise NotImplementedError
+
+    @classmethod
+    def settle(cls, parts: Sequence[Quantizer]) -> None:
+        """Decide what needs all quantizers of this class in a network; called after each calibration."""
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters that take part in nothing, and so must not be trained."""
+        return []
 
     def qparams(self, bits: int | None = None) -> QParams:
         """Grid at one bit width.
@@ -213,9 +226,10 @@ class Quantizer(nn.Module):
         """Take over whether ``other`` is calibrated; its tensors are copied by whoever averages them."""
         self._ready = other._ready
 
-    def set_tracking(self, momentum: float | None) -> None:
-        """Switch range tracking on (weight of the past, 0 = latest batch only) or off (``None``)."""
-        self._tracking = momentum
+    def enter_stage(self, stage: Stage) -> None:
+        """Take on what a stage of the training says about ranges."""
+        kind = "mean" if stage.track_ranges == "mean" else "momentum"
+        self._tracking = stage.track_ranges if self.tracking == kind else None
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

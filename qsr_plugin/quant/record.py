@@ -24,12 +24,22 @@ class ForwardRecord:
     Attributes:
         images: Number of images in the batch.
         bits: Site and port name to bit width: an int, or ``(N,)`` one per image.
+        keep_pairs: Whether sites are to fill ``pairs``, which holds on to every quantized tensor.
         taps: Name to tapped feature tensor (with graph, for losses).
+        pairs: Site and port name to (tensor, quantized tensor), both with graph.
+        signals: Kind to site to tensor: what the parts of a method show to its losses.
     """
 
     images: int
+    keep_pairs: bool = False
     bits: dict[str, int | Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    signals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def signal(self, kind: str, site: str, value: Tensor) -> None:
+        """Show a tensor to the losses."""
+        self.signals.setdefault(kind, {})[site] = value
 
     def __deepcopy__(self, memo: dict) -> ForwardRecord:
         """A copied network starts with an empty record: graph tensors cannot be copied."""
@@ -60,12 +70,16 @@ class RecordingRoot:
     """Mixin for the class of a network's root module: its forward opens and keeps the record."""
 
     _last_record: ForwardRecord | None = None
+    #: Set on a network to have its records keep every (tensor, quantized tensor).
+    keep_pairs: bool = False
 
     def forward(self, x: Tensor, *args, **kwargs):
         """Run the network's own forward inside a record (its own, or that of an enclosing network)."""
         if current_record() is not None:
             return super().forward(x, *args, **kwargs)
-        record = ForwardRecord(images=x.shape[0])
+        if self._last_record is not None:
+            self._last_record.pairs.clear()  # they hold as much memory as the forward to come
+        record = ForwardRecord(images=x.shape[0], keep_pairs=self.keep_pairs)
         token = _CURRENT.set(record)
         try:
             out = super().forward(x, *args, **kwargs)

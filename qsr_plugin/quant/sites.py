@@ -55,8 +55,14 @@ class Site:
         """The quantizer at a port, or ``None``."""
         return self._modules.get(f"{port}_quantizer")
 
-    def at_port(self, port: str, x: Tensor) -> Tensor:
-        """Pass an activation through a port: tap it, quantize it, record its bits."""
+    def at_port(self, port: str, x: Tensor, operand: str = "") -> Tensor:
+        """Pass an activation through a port: tap it, quantize it, record its bits.
+
+        Args:
+            port: Name of the port.
+            x: The activation.
+            operand: Tells apart the tensors of a port that several pass through.
+        """
         record = current_record()
         taps = self.__dict__.get("_taps")
         if taps and port in taps and record is not None:
@@ -70,12 +76,20 @@ class Site:
         decision = self._modules[f"{port}_policy"].decide(x, record)
         if record is not None:
             record.bits[quantizer.site] = decision.bits
-        return quantize_with(quantizer, x, decision)
+        out = quantize_with(quantizer, x, decision)
+        if record is not None and record.keep_pairs:
+            record.pairs[quantizer.site + operand] = (x, out)
+        return out
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
         quantizer = self._modules.get("weight_quantizer")
-        return self.weight if quantizer is None or float_mode_on() else quantizer(self.weight)
+        if quantizer is None or float_mode_on():
+            return self.weight
+        out, record = quantizer(self.weight), current_record()
+        if record is not None and record.keep_pairs:
+            record.pairs[quantizer.site] = (self.weight, out)
+        return out
 
     @classmethod
     def from_float(cls, module: nn.Module, name: str = "") -> nn.Module:
@@ -97,11 +111,19 @@ class QuantConv2d(Site, nn.Conv2d):
     """``nn.Conv2d`` with ports input, weight and output. All strides, groups, dilations and padding modes work."""
 
     ports = ("input", "weight", "output")
+    #: Pad the input before it is quantized, so that the zeros of the padding go through the quantizer as well.
+    pad_first: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (N, C, H, W)."""
-        x = self.at_port("input", x)
-        return self.at_port("output", self._conv_forward(x, self.quantized_weight(), self.bias))
+        if self.pad_first:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            x, weight = self.at_port("input", x), self.quantized_weight()
+            out = F.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            out = self._conv_forward(self.at_port("input", x), self.quantized_weight(), self.bias)
+        return self.at_port("output", out)
 
 
 class QuantLinear(Site, nn.Linear):

@@ -14,8 +14,9 @@ from torch import nn
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.policy import BitPolicy, policy_class
 from qsr_plugin.quant.quantizer import Quantizer, quantizer_class
-from qsr_plugin.quant.recipe import FLOAT_BITS, QuantizerSpec, Recipe, RecipeError, Rule, load_recipe, register_parts
+from qsr_plugin.quant.recipe import RecipeError, load_recipe, register_parts
 from qsr_plugin.quant.record import RecordingRoot, record_root
+from qsr_plugin.quant.schema import FLOAT_BITS, QuantizerSpec, Recipe, Rule
 from qsr_plugin.quant.sites import Site, all_ports, site_class_for
 
 logger = logging.getLogger("qsr_plugin")
@@ -48,6 +49,7 @@ class Place:
         spec: Quantizer to put there, ``None`` to leave it float.
         bits: Bit width, or candidates of the bit policy.
         own_bits: The rule gave its own bits: not adaptive, and left out of FAB.
+        pad_first: Quantize the zeros of a convolution's padding together with its input.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Place:
     spec: Optional[QuantizerSpec]
     bits: Union[int, tuple[int, ...]] = FLOAT_BITS
     own_bits: bool = False
+    pad_first: bool = False
 
 
 @dataclass
@@ -157,7 +160,9 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
         raise RecipeError(f"{where}: quantizer '{spec.type}' does {low} to {high} bits, asked for {bits}")
     if role not in cls.roles:
         raise RecipeError(f"{where}: quantizer '{spec.type}' is for {', '.join(cls.roles)}, port '{port}' needs {role}")
-    return Place(name, module, port, number, spec, bits, own_bits=rule.bits is not None)
+    if rule.pad_first and not (port == "input" and isinstance(module, nn.Conv2d)):
+        raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
+    return Place(name, module, port, number, spec, bits, rule.bits is not None, rule.pad_first)
 
 
 def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]) -> nn.Module:
@@ -202,6 +207,8 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
         if not isinstance(place.module, Site):
             site_class.from_float(place.module, place.name)
         place.module.add_quantizer(place.port, quantizer.to(device), policy if policy is None else policy.to(device))
+        if place.pad_first:
+            place.module.pad_first = True
     net.float_class = backbone
     net.recipe = recipe
     return record_root(net)

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.policy import BitPolicy
 from qsr_plugin.quant.quantizer import Quantizer
-from qsr_plugin.quant.recipe import FLOAT_BITS
 from qsr_plugin.quant.record import RecordingRoot
+from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.sites import MatMul, Site
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
 from qsr_plugin.report.fab import mean_bits

@@ -15,8 +15,8 @@ from basicsr.utils import tensor2img
 from torch import nn
 
 from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
-from qsr_plugin.quant.recipe import FLOAT_BITS
 from qsr_plugin.quant.record import RecordingRoot
+from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.report.fab import feature_average_bits
 
 _SSIM_WINDOW = 11

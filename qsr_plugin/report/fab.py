@@ -7,8 +7,8 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from qsr_plugin.quant.recipe import FLOAT_BITS
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.surgery import quantizers
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qsr_plugin.quant.policy import BitPolicy
 from qsr_plugin.quant.quantizer import Quantizer
-from qsr_plugin.quant.recipe import FLOAT_BITS
+from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.sites import Site
 
 

@@ -191,7 +191,8 @@ def test_weights_that_do_not_fit_change_nothing(tiny_net, tmp_path, change, mess
     torch.save(change(other), tmp_path / "float.pth")
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(
-        CheckpointError, match=r"(?s)does not fit EDSR \([12] differences, the network has \d+ keys\); nothing was loaded.*" + message
+        CheckpointError,
+        match=r"(?s)does not fit EDSR \([12] differences, the network has \d+ keys\); nothing was loaded.*" + message,
     ):
         load_float_weights(net, tmp_path / "float.pth")
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qsr_plugin.losses.distill_loss import SKTLoss, energy_map
 from qsr_plugin.methods.pams import MaxAbsQuantizer, PAMSQuantizer
+from qsr_plugin.quant.schema import Stage
 
 X = [-1.6, -0.4, 0.0, 0.1, 0.36, 0.93, 1.0, 2.5]
 WEIGHT = [0.7, -0.35, 0.05, -0.02, 0.49]
@@ -79,7 +80,7 @@ BATCH = torch.tensor([[[[1.0, -3.0], [0.5, 2.0]]], [[[0.2, -1.0], [0.4, 0.6]]]])
 
 def test_tracked_ranges_follow_the_batch_and_clip_nothing() -> None:
     q = pams(4).train()
-    q.set_tracking(0.0)
+    q.enter_stage(Stage(track_ranges=0.0))
     x = BATCH.clone().requires_grad_()
     out = q(x)
     assert q.alpha.item() == 2.0 and q.is_calibrated
@@ -91,7 +92,7 @@ def test_tracked_ranges_follow_the_batch_and_clip_nothing() -> None:
 
 def test_tracked_ranges_average_after_the_first_batch() -> None:
     q = pams(4).train()
-    q.set_tracking(0.9997)
+    q.enter_stage(Stage(track_ranges=0.9997))
     q(BATCH)
     assert q.alpha.item() == 2.0
     q(BATCH * 2)
@@ -100,9 +101,9 @@ def test_tracked_ranges_average_after_the_first_batch() -> None:
 
 def test_tracking_stops_in_evaluation_and_when_switched_off() -> None:
     q = pams(4, 1.0)
-    q.set_tracking(0.0)
+    q.enter_stage(Stage(track_ranges=0.0))
     assert q.eval()(BATCH).max().item() == 1.0 and q.alpha.item() == 1.0
-    q.train().set_tracking(None)
+    q.train().enter_stage(Stage())
     assert q(BATCH).max().item() == 1.0 and q.alpha.item() == 1.0
 
 

@@ -137,9 +137,10 @@ def test_gradients_of_the_bounds_stay_exact_when_the_range_is_tiny_beside_the_da
 
 def test_without_bounds_nothing_is_clipped() -> None:
     x = torch.tensor([5.0, -5.2], requires_grad=True)
-    y = fake_quantize(x, torch.tensor(1.0), 7.0, (-7.0, 7.0))
-    assert y.tolist() == pytest.approx([5.0, -36 / 7])
-    assert gradients(y, torch.ones(2), x)[0].tolist() == [1.0, 1.0]
+    for limits, want in ((None, [5.0, -36 / 7]), ((-7.0, 7.0), [1.0, -1.0])):  # limited codes pass the gradient as well
+        y = fake_quantize(x, torch.tensor(1.0), 7.0, limits)
+        assert y.tolist() == pytest.approx(want)
+        assert gradients(y, torch.ones(2), x)[0].tolist() == [1.0, 1.0]
 
 
 def test_gradients_of_ranges_per_channel_and_per_sample_sum_over_the_broadcast_axes() -> None:

@@ -112,7 +112,7 @@ def test_bits_of_a_rule_are_checked_too() -> None:
         ({"stages": [{"train": ["weights"]}, {}]}, "every stage but the last needs 'iters'"),
         ({"stages": []}, "every stage but the last needs 'iters'"),
         ({"stages": [{"iters": 0}]}, "recipe.stages[0].iters: Input should be greater than or equal to 1"),
-        ({"stages": [{"track_ranges": 1.0}]}, "recipe.stages[0].track_ranges: Input should be less than 1"),
+        ({"stages": [{"track_ranges": 1.0}]}, "recipe.stages[0].track_ranges: is 1.0; allowed are"),
         ({"stages": [{"lr": {"ranges": -1}}]}, "recipe.stages[0].lr.ranges: Input should be greater than 0"),
         ({"bits": 4}, "recipe.bits: Input should be"),
         ({"quantizers": None}, "recipe.quantizers: Input should be"),

@@ -1,0 +1,238 @@
+"""What a recipe may say: strict models that refuse unknown keys and impossible values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qsr_plugin.errors import suggest
+from qsr_plugin.quant.policy import policy_class
+from qsr_plugin.quant.quantizer import quantizer_class
+
+FLOAT_BITS = 32
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def _check_bits(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not (2 <= value <= 16 or value == FLOAT_BITS):
+        raise ValueError(f"{where} is {value!r}; allowed are whole numbers 2 to 16, or 32 for float")
+    return value
+
+
+class Bits(_Strict):
+    """Bit widths: weights one number; activations one, or the ascending candidates of a bit policy."""
+
+    weight: Any = FLOAT_BITS
+    act: Any = FLOAT_BITS
+
+    @field_validator("weight")
+    @classmethod
+    def _weight(cls, value: Any) -> int:
+        return _check_bits(value, "weight bits")
+
+    @field_validator("act")
+    @classmethod
+    def _act(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return _check_bits(value, "activation bits")
+        widths = tuple(_check_bits(v, "an activation bit candidate") for v in value)
+        if len(widths) < 2 or list(widths) != sorted(set(widths)) or FLOAT_BITS in widths:
+            raise ValueError(f"activation bit candidates are {list(value)}; give two or more ascending widths below 32")
+        return widths
+
+
+class Spec(_Strict):
+    """A registered part by name with its own options: ``name`` or ``{type: name, option: value}``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    def extras(self) -> dict[str, Any]:
+        """The options beside ``type``."""
+        return dict(self.model_extra or {})
+
+
+class QuantizerSpec(Spec):
+    """A quantizer of the table, its options checked by its own class."""
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizerSpec:
+        quantizer_class(self.type).Options(**self.extras())
+        return self
+
+    @staticmethod
+    def option_names(value: Mapping[str, Any]) -> list[str]:
+        """Options that go with the quantizer a mapping names."""
+        return list(quantizer_class(value["type"]).Options.model_fields)
+
+
+class PolicySpec(Spec):
+    """A bit policy of the table, its options checked by its own class."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PolicySpec:
+        policy_class(self.type).Options(**self.extras())
+        return self
+
+
+class Rule(_Strict):
+    """One line of a placement: which places, and what happens there. Later rules win.
+
+    Attributes:
+        role: Name in the backbone's role table; or
+        match: Wildcards over dotted module names: ``*`` and ``?`` stay within one part, ``**`` spans parts.
+        type: Only modules whose class has this name.
+        port: input, weight, output, or a port the module offers; a role may already name it.
+        quantizer: Quantizer for this place; the recipe's default for weights or activations if not given.
+        bits: Bit width for this place; the recipe's if not given. Places with their own bits do not count in FAB.
+        pad_first: At the input of a convolution: quantize the zeros of its padding together with the tensor.
+        keep_float: Remove quantizers that earlier rules put here.
+    """
+
+    role: Optional[str] = None
+    match: Optional[str] = None
+    type: Optional[str] = None
+    port: Optional[str] = None
+    quantizer: Optional[QuantizerSpec] = None
+    bits: Any = None
+    pad_first: bool = False
+    keep_float: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Rule:
+        if (self.role is None) == (self.match is None):
+            raise ValueError("a rule needs exactly one of 'role' and 'match'")
+        if self.bits is not None:
+            _check_bits(self.bits, "the rule's bits")
+        if self.keep_float and (self.quantizer is not None or self.bits is not None):
+            raise ValueError("a rule with keep_float takes neither 'quantizer' nor 'bits'")
+        return self
+
+
+class Quantizers(_Strict):
+    """Default quantizers for activations and weights."""
+
+    act: QuantizerSpec
+    weight: QuantizerSpec
+
+
+class Calibration(_Strict):
+    """How ranges are found from data before (or without) training."""
+
+    images: int = Field(16, ge=1, description="how many images are drawn from the training set")
+    batch: int = Field(1, ge=1, description="images per batch; statistics are taken per batch")
+
+
+class LearningRates(_Strict):
+    """Learning rate per parameter group; a group not named takes that of ``optim_g``."""
+
+    weights: Optional[float] = Field(None, gt=0)
+    ranges: Optional[float] = Field(None, gt=0)
+    weight_ranges: Optional[float] = Field(None, gt=0)
+    others: Optional[float] = Field(None, gt=0)
+
+
+Group = Literal["weights", "ranges", "weight_ranges", "others"]
+
+
+class Stage(_Strict):
+    """One phase of the training: who learns, for how long, how fast.
+
+    Attributes:
+        train: Parameter groups that learn; the others are frozen.
+        iters: Length in iterations; ``None`` lasts until the end of the training.
+        lr: Learning rates of this stage before the scheduler's decay.
+        track_ranges: Ranges follow the training batches during this stage: the weight of the past in [0, 1), 0 for the
+            latest batch only, or ``mean`` of all batches of the stage. Quantizers that do not know this learn as ever.
+        gated: Quantizers with a gate rescale their range for each image.
+        depths: Shares of the blocks that are trained in turn on each batch; needs the recipe's ``depth``.
+    """
+
+    train: tuple[Group, ...] = ("weights", "ranges", "weight_ranges", "others")
+    iters: Optional[int] = Field(None, ge=1)
+    lr: LearningRates = LearningRates()
+    track_ranges: Union[float, Literal["mean"], None] = None
+    gated: bool = False
+    depths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+
+    @field_validator("track_ranges", mode="before")
+    @classmethod
+    def _tracking(cls, value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (value is None or value == "mean" or number and 0 <= value < 1):
+            raise ValueError(f"is {value!r}; allowed are a number in [0, 1) and mean")
+        return value
+
+
+class Cooperative(_Strict):
+    """How far the regularizing losses may act, from the angle between their gradient and that of the other losses.
+
+    Attributes:
+        granularity: What one angle is taken over: each parameter tensor, each layer, or all weights together.
+        similarity: Factor of the regularizer's gradient: ``half_cosine`` is (cos + 1) / 2, ``cosine`` the cosine
+            itself, ``unit_step`` 1 where the cosine is positive and 0 elsewhere.
+    """
+
+    granularity: Literal["tensor", "layer", "global"] = "tensor"
+    similarity: Literal["half_cosine", "cosine", "unit_step"] = "half_cosine"
+
+
+class Depth(_Strict):
+    """Residual blocks get a learned factor on their identity path and can be left out.
+
+    Attributes:
+        role: Role of the blocks.
+        kept: Positions of the blocks this network has, counted from 0; all if not given.
+    """
+
+    role: str = "block"
+    kept: Optional[tuple[int, ...]] = None
+
+
+class LossSpec(Spec):
+    """A loss of the host's registry with its options; ``weight`` or ``loss_weight`` as that loss names it."""
+
+
+class Recipe(_Strict):
+    """Everything that turns a float network into a quantized one; see the module docstring."""
+
+    method: str
+    bits: Bits = Bits()
+    placement: str
+    placements: dict[str, tuple[Rule, ...]]
+    quantizers: Quantizers
+    policy: PolicySpec = PolicySpec(type="fixed")
+    calibration: Calibration = Calibration()
+    stages: tuple[Stage, ...] = (Stage(),)
+    losses: tuple[LossSpec, ...] = ()
+    cooperative: Optional[Cooperative] = None
+    depth: Optional[Depth] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.placement not in self.placements:
+            raise ValueError(f"unknown placement '{self.placement}'. {suggest(self.placement, self.placements)}")
+        if not self.stages or any(stage.iters is None for stage in self.stages[:-1]):
+            raise ValueError("every stage but the last needs 'iters'")
+        if self.depth is None and any(stage.depths != (1.0,) for stage in self.stages):
+            raise ValueError("a stage trains several depths, but the recipe has no 'depth': add depth: {role: block}")
+        return self
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Rules of the chosen placement."""
+        return self.placements[self.placement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :func:`load_recipe` reads back; what checkpoints carry."""
+        return self.model_dump(mode="json", exclude_none=True)
