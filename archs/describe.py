@@ -14,6 +14,11 @@ from torch import nn
 from qsr_plugin.checkpoint import CheckpointError
 
 
+def _block(net: nn.Module) -> nn.Module:
+    """The first block of the body that has its layers; a slimmed network keeps little of the others."""
+    return next(block for block in net.body if any(block.children()))
+
+
 def _edsr(net: nn.Module) -> dict[str, Any]:
     return {
         "num_in_ch": net.conv_first.in_channels,
@@ -21,7 +26,7 @@ def _edsr(net: nn.Module) -> dict[str, Any]:
         "num_feat": net.conv_first.out_channels,
         "num_block": len(net.body),
         "upscale": math.prod(m.upscale_factor for m in net.upsample if isinstance(m, nn.PixelShuffle)),
-        "res_scale": net.body[0].res_scale,
+        "res_scale": _block(net).res_scale,
         "img_range": net.img_range,
         "rgb_mean": net.mean.flatten().tolist(),
     }
@@ -38,7 +43,8 @@ def _msrresnet(net: nn.Module) -> dict[str, Any]:
 
 
 def _srresnet(net: nn.Module) -> dict[str, Any]:
-    options = {"bias": net.body[0].conv1.bias is not None, "bn_eps": net.body[0].bn1.eps, "output": net.output}
+    block = _block(net)
+    options = {"bias": block.conv1.bias is not None, "bn_eps": block.bn1.eps, "output": net.output}
     return {**_msrresnet(net), **options}
 
 

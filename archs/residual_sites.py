@@ -1,4 +1,4 @@
-"""Residual blocks whose identity path has a port of its own (``shortcut``), for recipes that quantize it alone."""
+"""Residual blocks with ports for the identity path alone (``shortcut``) and for both operands of the addition."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from qsr_plugin.quant.sites import Site, register_site_class
 
 
 class ShortcutSite(Site):
-    """Ports of a residual block: input (both paths), shortcut (identity path alone), output (after the addition)."""
+    """Ports of a residual block.
 
-    ports = ("input", "shortcut", "output")
+    ``input`` feeds both paths and ``shortcut`` the identity path alone; both operands of the sum pass the one
+    ``addition``; ``output`` comes after the sum.
+    """
+
+    ports = ("input", "shortcut", "addition", "output")
+    read_ports = ("shortcut", "addition")
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
         x = self.at_port("input", x)
-        return self.at_port("output", self.at_port("shortcut", x) + self.branch(x))
+        identity = self.at_port("addition", self.at_port("shortcut", x))
+        return self.at_port("output", identity + self.at_port("addition", self.branch(x), operand=".residual"))
 
 
 class QuantResidualBlockNoBN(ShortcutSite, ResidualBlockNoBN):
-    """The host's residual block (EDSR, MSRResNet) with a shortcut port."""
+    """The host's residual block (EDSR, MSRResNet) with the ports of :class:`ShortcutSite`."""
 
     def branch(self, x: Tensor) -> Tensor:
         """What is added to the identity."""
@@ -29,7 +35,7 @@ class QuantResidualBlockNoBN(ShortcutSite, ResidualBlockNoBN):
 
 
 class QuantResidualBlockBN(ShortcutSite, ResidualBlockBN):
-    """SRResNet's residual block with a shortcut port."""
+    """SRResNet's residual block with the ports of :class:`ShortcutSite`."""
 
 
 register_site_class(ResidualBlockNoBN, QuantResidualBlockNoBN)

@@ -11,6 +11,7 @@ An empty tuple says that the backbone has no such place. Roles used by the shipp
 ``block.conv_first``        first convolution of a block
 ``block.conv_last``         last convolution of a block
 ``block.residual``          result of the branch just before the addition, in blocks without batch norm
+``block.addition``          both operands of the addition, through one quantizer; only in blocks without batch norm
 ``body_end``                convolution after the last block
 ``upsampler``               convolutions that raise the resolution
 ``tail``                    convolution(s) that make the image
@@ -29,6 +30,7 @@ _EDSR_BLOCKS = {
     "block.conv_first": ("body.*.conv1",),
     "block.conv_last": ("body.*.conv2",),
     "block.residual": ("body.*.conv2:output",),
+    "block.addition": ("body.*:addition",),
 }
 
 register_roles(
@@ -61,6 +63,7 @@ register_roles(
         "head": ("conv_first",),
         **_EDSR_BLOCKS,
         "block.residual": (),  # a batch norm stands before the addition
+        "block.addition": (),
         "body_end": ("conv_body",),
         "upsampler": ("upconv?",),
         "tail": ("conv_last",),

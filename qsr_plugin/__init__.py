@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qsr_plugin.archs.roles import list_backbones
     from qsr_plugin.checkpoint import load_quantized, save_quantized
     from qsr_plugin.quant.calibrate import calibrate
+    from qsr_plugin.quant.depth import set_depth, slim
     from qsr_plugin.quant.recipe import Recipe, list_methods, load_recipe
     from qsr_plugin.quant.surgery import quantize_model
     from qsr_plugin.report.complexity import complexity
@@ -32,6 +33,8 @@ _HOME = {
     "load_recipe": "qsr_plugin.quant.recipe",
     "quantize_model": "qsr_plugin.quant.surgery",
     "save_quantized": "qsr_plugin.checkpoint",
+    "set_depth": "qsr_plugin.quant.depth",
+    "slim": "qsr_plugin.quant.depth",
 }
 
 __all__ = ["__version__", *_HOME]

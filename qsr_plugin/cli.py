@@ -105,14 +105,16 @@ def report(
     size: Annotated[str, typer.Option(help="LR height x width that MACs are counted for.")] = "180x320",
     convention: Annotated[str, typer.Option(help="How BitOPs are counted: macs-bits or cadyq.")] = "macs-bits",
     sites: Annotated[bool, typer.Option("--sites", help="One row per layer as well.")] = False,
+    depth: Annotated[Optional[int], typer.Option(help="How many blocks run, for a network with depth.")] = None,
     test: Pair = None,
     json: Annotated[Optional[Path], typer.Option(help="Write everything as JSON.")] = None,
 ) -> None:
     """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR and SSIM."""
     compat.import_host()
-    from qsr_plugin import complexity, load_quantized
+    from qsr_plugin import complexity, load_quantized, set_depth, slim
+    from qsr_plugin.quant.depth import trained_depths
     from qsr_plugin.report.evaluate import evaluate
-    from qsr_plugin.report.tables import site_table, summary_table, write_json
+    from qsr_plugin.report.tables import depth_table, site_table, summary_table, write_json
 
     found = re.fullmatch(r"(\d+)x(\d+)", size)
     if not found:
@@ -123,7 +125,10 @@ def report(
     if test is not None and not trained:
         raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")
     net = load_quantized(model) if trained else _network_of_file(model)
-    costs = complexity(net, (int(found[1]), int(found[2])), convention=convention)
+    counted_at = (int(found[1]), int(found[2]))
+    costs = complexity(set_depth(net, depth), counted_at, convention=convention)
+    depths = trained_depths(net) if depth is None else ()
+    by_depth = [complexity(slim(net, blocks), counted_at, convention=convention) for blocks in depths]
     scores = {}
     if test is not None:
         scale = _scale(net.backbone_options)
@@ -131,9 +136,32 @@ def report(
     if sites:
         console.print(site_table(costs))
     console.print(summary_table(costs, scores))
+    if by_depth:
+        console.print(depth_table(by_depth))
     if json is not None:
-        write_json({**costs.to_dict(), "scores": {name: score.to_dict() for name, score in scores.items()}}, json)
+        results = {**costs.to_dict(), "scores": {name: score.to_dict() for name, score in scores.items()}}
+        write_json({**results, "depths": [one.to_dict() for one in by_depth]} if by_depth else results, json)
         console.print(f"wrote {json}", highlight=False)
+
+
+@app.command()
+def slim(
+    model: Annotated[Path, typer.Argument(help="Quantized .safetensors of a network with depth.")],
+    depth: Annotated[int, typer.Option(help="How many blocks to keep.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Smaller model to write, .safetensors.")],
+) -> None:
+    """Drop the blocks that do not run at a depth, for a smaller file with the same output."""
+    compat.import_host()
+    from qsr_plugin import complexity, load_quantized, save_quantized
+    from qsr_plugin import slim as slimmed
+    from qsr_plugin.report.tables import depth_table, size
+
+    net = load_quantized(model)
+    small = slimmed(net, depth)
+    save_quantized(small, out)
+    console.print(depth_table([complexity(net), complexity(small)]))
+    was, now = (size(8 * path.stat().st_size) for path in (model, out))
+    console.print(f"wrote {out}: file of {now}, was {was}", highlight=False)
 
 
 @app.command("list")

@@ -1,14 +1,8 @@
-"""Parts of the demonstration ``tools/demo.py``: free photos, its options, and a training watched through its log."""
+"""Parts of the demonstration ``tools/demo.py``: free photos, and its options."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
@@ -22,8 +16,7 @@ from torch.nn import functional as F
 
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.data.resize import downscale
-from qsr_plugin.errors import UserError
-from qsr_plugin.options_file import load_options, options_folder, write_options
+from qsr_plugin.options_file import load_options, options_folder
 from qsr_plugin.quant.schema import Calibration
 
 SCALE = 4
@@ -31,14 +24,6 @@ TRAIN_PHOTOS = ("coffee", "rocket", "immunohistochemistry", "hubble_deep_field",
 #: Test photos, and the part that the pictures enlarge: top, left, height, width.
 TEST_PHOTOS = {"astronaut": (345, 135, 104, 104), "chelsea": (78, 132, 80, 80)}
 _LONGEST = 640  # of a photo's middle that is used, so that no large photo outweighs the others
-_TAIL = 15  # lines of a failed training's log to show
-
-_ITERATION = re.compile(r"iter:\s*([\d,]+), lr:.*?l_pix: (\S+)")
-_SCORE = re.compile(r"# psnr: (\S+)")
-
-
-class DemoError(UserError, RuntimeError):
-    """The training failed; the message holds the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +65,6 @@ class Folders:
     def pictures(self) -> Path:
         """Side-by-side pictures."""
         return self.root / "pictures"
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a line of the training's log says.
-
-    Attributes:
-        iteration: Iterations done; ``None`` on a line that tells a score.
-        loss: Pixel loss of that iteration, pixels in [0, 1]; ``None`` on a line that tells a score.
-        psnr: Score on the test photos in dB; ``None`` on a line that tells an iteration.
-    """
-
-    iteration: int | None = None
-    loss: float | None = None
-    psnr: float | None = None
 
 
 class Bicubic(nn.Module):
@@ -177,53 +147,3 @@ def calibration_crops(options: dict[str, Any], images: int, batch: int) -> Itera
     options = deepcopy(options)
     options["datasets"]["train"].update(phase="train", scale=options["scale"])
     return calibration_batches(options, Calibration(images=images, batch=batch))
-
-
-def train(options: dict[str, Any], folders: Folders, watch: Callable[[Step], None]) -> Path:
-    """Train in a process of its own: ``python -m qsr_plugin.train -opt FILE``, as a user would.
-
-    Results of an earlier run are deleted. The complete log is ``train.log``.
-
-    Args:
-        options: From :func:`demo_options`.
-        folders: The training runs in their root.
-        watch: Called for every line of the log that tells an iteration or a score.
-
-    Returns:
-        The trained network, ``.safetensors``.
-
-    Raises:
-        DemoError: If the training fails, with the end of its log.
-    """
-    root = folders.root.resolve()
-    shutil.rmtree(root / "experiments" / options["name"], ignore_errors=True)
-    write_options(options, root / "train.yml")
-    command = [sys.executable, "-m", "qsr_plugin.train", "-opt", "train.yml"]
-    tail: deque[str] = deque(maxlen=_TAIL)
-    how = {"cwd": root, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    # Small layers gain little from more threads, and threads that wait for each other on a busy machine lose minutes.
-    how["env"] = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 2, 1)), **os.environ}
-    with open(root / "train.log", "w", encoding="utf-8") as log, subprocess.Popen(command, **how) as process:
-        try:
-            for line in process.stdout:
-                log.write(line)
-                tail.append(line.rstrip())
-                if (step := read_line(line)) is not None:
-                    watch(step)
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-    if status != 0:
-        end = "\n  ".join(tail)
-        raise DemoError(f"the training ended with status {status}. The end of {root / 'train.log'}:\n  {end}")
-    return root / "experiments" / options["name"] / "models" / "net_g_latest.safetensors"
-
-
-def read_line(line: str) -> Step | None:
-    """What a line of the training's log says, or ``None`` if it tells neither an iteration nor a score."""
-    if found := _ITERATION.search(line):
-        return Step(iteration=int(found[1].replace(",", "")), loss=float(found[2]))
-    if found := _SCORE.search(line):
-        return Step(psnr=float(found[1]))
-    return None

@@ -9,7 +9,11 @@ _PLUGINS = (
     "qsr_plugin.archs.srresnet_arch",
     "qsr_plugin.archs.residual_sites",
     "qsr_plugin.archs.quant_net_arch",
+    "qsr_plugin.losses.calibration_loss",
+    "qsr_plugin.losses.bit_loss",
     "qsr_plugin.losses.distill_loss",
+    "qsr_plugin.losses.gate_loss",
+    "qsr_plugin.losses.mismatch_loss",
     "qsr_plugin.models.quant_sr_model",
 )
 

@@ -30,6 +30,8 @@ from qsr_plugin.checkpoint import load_float_weights
 from qsr_plugin.data.build import build_lmdb_pair
 from qsr_plugin.data.images import list_images, read_rgb
 from qsr_plugin.errors import UserError
+from qsr_plugin.watched_run import Step
+from qsr_plugin.watched_run import train as train_watched
 
 console = Console(highlight=False)
 
@@ -101,14 +103,14 @@ def train(options: dict[str, Any], folders: demo.Folders) -> nn.Module:
         total = options["train"]["total_iter"]
         task = bar.add_task("starting", total=total, note="")
 
-        def watch(seen: demo.Step) -> None:
+        def watch(seen: Step) -> None:
             done = int(bar.tasks[task].completed)
             if seen.psnr is not None and done < total:
                 bar.console.print(f"   after {done} iterations: {seen.psnr:.2f} dB")
             elif seen.psnr is None:
                 bar.update(task, completed=seen.iteration, description="training", note=f"loss {seen.loss:.4f}")
 
-        trained = demo.train(options, folders, watch)
+        trained = train_watched(options, folders.root, watch)
         bar.update(task, completed=total)
     path = folders.models / "pams_w4a4_trained.safetensors"
     shutil.copyfile(trained, path)

@@ -34,10 +34,14 @@ class StepLoss(nn.Module):
 
     Attributes:
         needs_teacher: The float network is run on each batch as well.
+        needs_pairs: The record keeps every tensor beside its quantized form.
+        regularizer: In a recipe with ``cooperative``, one of the losses whose gradient is weighted.
         taps: Roles or ``module:port`` places whose tensors are wanted in the records.
     """
 
     needs_teacher: ClassVar[bool] = False
+    needs_pairs: ClassVar[bool] = False
+    regularizer: ClassVar[bool] = False
     taps: tuple[str, ...] = ()
 
     def forward(self, step: StepContext) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsr_plugin.quant.observers import Observer, build_observer
+from qsr_plugin.quant.observers import Observer, build_observer, minmax
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 from qsr_plugin.quant.reduce import mean_over_ranks
@@ -28,18 +28,19 @@ class MaxAbsQuantizer(Quantizer):
     needs_calibration = False
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
-        """Fake-quantize a weight of any shape."""
-        _, qmax = int_limits(bits, narrow=True)
-        return fake_quantize(x, self._max_abs(x), qmax)
+        """Fake-quantize a tensor of any shape."""
+        _, qmax = int_limits(self.expand(bits, x), narrow=True)
+        return fake_quantize(x, self.largest(x), qmax)
 
-    @staticmethod
-    def _max_abs(weight: Tensor) -> Tensor:
-        return weight.detach().float().abs().amax() + 1e-8
+    def largest(self, x: Tensor) -> Tensor:
+        """``max|x| + 1e-8``, detached."""
+        low, high = minmax(x)
+        return torch.maximum(high, -low) + 1e-8
 
     def qparams_of(self, weight: Tensor, bits: int | None = None) -> QParams:
         """Grid of a given weight; this quantizer has no range of its own."""
         _, qmax = int_limits(bits or self.candidates[0], narrow=True)
-        scale = self._max_abs(weight) / qmax
+        scale = self.largest(weight) / qmax
         return QParams(scale, torch.zeros_like(scale), -int(qmax), int(qmax))
 
     def extra_storage_bits(self) -> int:
@@ -81,7 +82,7 @@ class PAMSQuantizer(Quantizer):
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize an activation (N, ...)."""
-        alpha, bits = self._select(bits, x)
+        alpha, bits = self.select(self.alpha, bits, x)
         limits = int_limits(bits, narrow=True)
         return fake_quantize(x, alpha, limits[1], limits, bounds=(-alpha, alpha), ties="split")
 
@@ -93,22 +94,10 @@ class PAMSQuantizer(Quantizer):
             past = momentum * self.calibrated.float()
             self.set_range(-latest, past * self.observed_max + (1.0 - past) * latest)
             self.mark_calibrated()
-        alpha, bits = self._select(self.candidates[0] if len(self.candidates) == 1 else max(self.candidates), x)
+        alpha, bits = self.select(self.alpha, max(self.candidates), x)
         _, qmax = int_limits(bits, narrow=True)
         # A copy, because a module used twice in one forward sets alpha again before this gradient is taken.
         return fake_quantize(x, alpha.clone(), qmax)
-
-    def _select(self, bits: int | Tensor, x: Tensor) -> tuple[Tensor, int | Tensor]:
-        if self.alpha.dim() == 0:
-            return self.alpha, self.expand(bits, x)
-        if not isinstance(bits, Tensor):
-            if bits not in self.candidates:
-                raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
-            return self.alpha[self.candidates.index(bits)], bits
-        # Bits that carry a gradient are floats, and may be a rounding error beside their candidate.
-        table = torch.tensor(self.candidates, device=bits.device)
-        alpha = self.alpha[torch.searchsorted(table, bits.detach().round().to(table.dtype))]
-        return self.expand(alpha, x), self.expand(bits, x)
 
     def make_observer(self) -> Observer:
         """Mean over the batch of each sample's largest magnitude."""

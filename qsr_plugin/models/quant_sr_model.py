@@ -13,34 +13,36 @@ from typing import Any
 
 import torch
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
 from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.data.calibration_set import calibration_batches
-from qsr_plugin.data.patches import run_in_patches
 from qsr_plugin.losses.build import build_step_losses
 from qsr_plugin.losses.context import StepContext
+from qsr_plugin.models import steps
 from qsr_plugin.models.finite import refuse_non_finite
+from qsr_plugin.models.range_log import RangeStatistics, range_statistics
 from qsr_plugin.models.run_state import RunState, changed_keys
-from qsr_plugin.models.stages import StageSchedule, parameter_groups
+from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups
+from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.depth import rank_blocks
+from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers, tap
-from qsr_plugin.report.fab import feature_average_bits
 
 logger = logging.getLogger("basicsr")
 
 
 @MODEL_REGISTRY.register()
-class QuantSRModel(RunState, SRModel):
+class QuantSRModel(RunState, Validation, SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
     Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
-    ``val.patches`` (``{size, overlap}``: validate patch by patch),
+    ``val.patches`` (``{size, overlap}``: validate patch by patch), ``val.depth`` (blocks of a depth-dynamic network),
     ``calibration_folder`` (of LR images; the training set if not given) and the recipe in ``network_g``.
     """
 
@@ -104,7 +106,7 @@ class QuantSRModel(RunState, SRModel):
         if "recipe" not in metadata:
             return
         saved, wanted = json.loads(metadata["recipe"]), own.to_dict()
-        parts = ("method", "bits", "placement", "placements", "quantizers", "policy")
+        parts = ("method", "bits", "placement", "placements", "quantizers", "policy", "depth")
         changed = changed_keys({key: saved.get(key) for key in parts}, {key: wanted.get(key) for key in parts})
         if changed and not self.is_train:
             raise checkpoint.CheckpointError(
@@ -129,8 +131,11 @@ class QuantSRModel(RunState, SRModel):
     def init_training_settings(self) -> None:
         """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
         self.losses = build_step_losses(self.recipe.losses, self.device)
+        self.regularizers = [name for name, loss in self.losses.items() if loss.regularizer]
+        self.range_statistics: RangeStatistics | None = None
         self._tap_features(self.net)
         self._prepare_network()
+        check_stages(self.recipe.stages, self.net)
         self.schedule = StageSchedule(self.recipe.stages, self.opt["train"]["optim_g"]["lr"])
         self.stage_index = -1
         self.teacher = self._build_teacher() if any(loss.needs_teacher for loss in self.losses.values()) else None
@@ -183,6 +188,9 @@ class QuantSRModel(RunState, SRModel):
 
     def _enter_stage(self, index: int, *, set_learning_rates: bool = True) -> None:
         self.schedule.apply(index, self.net)
+        before = self.schedule.stages[self.stage_index].depths if self.stage_index >= 0 else (1.0,)
+        if set_learning_rates and before == (1.0,) != self.schedule.stages[index].depths:
+            logger.info("Blocks from kept to dropped first: %s.", rank_blocks(self.net))
         if set_learning_rates and self.stage_index >= 0:
             self.schedule.set_learning_rates(index, self.optimizer_g, self.schedulers)
         self.stage_index = index
@@ -212,19 +220,46 @@ class QuantSRModel(RunState, SRModel):
         # Random numbers of a step depend on seed and iteration only, so that a resumed run draws the same.
         torch.manual_seed((self.opt["manual_seed"] + self.opt["rank"]) * 1_000_003 + current_iter)
         self.optimizer_g.zero_grad()
-        self.output = self.net_g(self.lq)
-        loss_dict = self._compute_losses()
-        sum(loss_dict.values()).backward()
+        logged = current_iter % self.opt["logger"]["print_freq"] == 0
+        self.net.keep_pairs = logged or any(loss.needs_pairs for loss in self.losses.values())
+        loss_dict = self._gradients()
         self.log_dict = self.reduce_loss_dict(loss_dict)
         where = f"iteration {current_iter}, process {self.opt['rank']}"
         refuse_non_finite(where, self.net, self.log_dict, self.lq, self.gt, self._paths)
+        if logged:
+            self._look_at_ranges()
         self.optimizer_g.step()
         for _, quantizer in quantizers(self.net):
             quantizer.project()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 
-    def _compute_losses(self) -> OrderedDict[str, torch.Tensor]:
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """Fill ``.grad`` as recipe and stage ask, and return the losses."""
+        self._teacher_forward()
+        shares = self.schedule.stages[self.stage_index].depths
+        together = self.recipe.cooperative is not None and self.regularizers
+        if shares == (1.0,) and not together:
+            losses = self._losses(self.net_g)
+            steps.summed(losses)
+            return losses
+        if self.opt["dist"]:
+            steps.share_buffers(self.net)
+        if shares != (1.0,):
+            return steps.depths(self.net, shares, lambda: self._losses(self.net))
+        losses = self._losses(self.net)
+        steps.cooperative(losses, self.regularizers, self.net, self.recipe.cooperative)
+        return losses
+
+    def _teacher_forward(self) -> None:
+        self._taught: tuple[torch.Tensor, ForwardRecord] | tuple[None, None] = (None, None)
+        if self.teacher is not None:
+            with torch.no_grad():
+                self._taught = self.teacher(self.lq), self.teacher.last_record()
+
+    def _losses(self, net: nn.Module) -> OrderedDict[str, torch.Tensor]:
+        """Run the network (bare, or as DDP has wrapped it) and compute all losses."""
+        self.output = net(self.lq)
         losses: OrderedDict[str, torch.Tensor] = OrderedDict()
         if self.cri_pix:
             losses["l_pix"] = self.cri_pix(self.output, self.gt)
@@ -232,17 +267,15 @@ class QuantSRModel(RunState, SRModel):
             for name, value in zip(("l_percep", "l_style"), self.cri_perceptual(self.output, self.gt)):
                 if value is not None:
                     losses[name] = value
-        if not self.losses:
-            return losses
-        teacher_output = teacher_record = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_output = self.teacher(self.lq)
-            teacher_record = self.teacher.last_record()
-        step = StepContext(self.output, self.gt, self.net.last_record(), teacher_output, teacher_record)
-        for name, loss in self.losses.items():
-            losses[name] = loss(step)
+        step = StepContext(self.output, self.gt, self.net.last_record(), *self._taught)
+        losses.update((name, loss(step)) for name, loss in self.losses.items())
         return losses
+
+    def _look_at_ranges(self) -> None:
+        """Note range and clipped share of every place for the log; the mean share goes beside the losses."""
+        self.range_statistics = range_statistics(self.net, self.net.last_record())
+        if self.range_statistics is not None:
+            self.log_dict["clipped"] = float(self.range_statistics.clipped.mean())
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Average parameters as the host does; copy buffers, which the host leaves behind."""
@@ -252,39 +285,6 @@ class QuantSRModel(RunState, SRModel):
             buffer.copy_(source[name])
         for (_, averaged), (_, quantizer) in zip(quantizers(self.net_g_ema), quantizers(self.net)):
             averaged.follow(quantizer)
-
-    # -- validation --------------------------------------------------------------------------------------------------
-
-    def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
-        """Validate as the host does, with random states left as they were, and log FAB."""
-        self._bits: list[float] = []
-        with torch.random.fork_rng():
-            super().validation(dataloader, current_iter, tb_logger, save_img)
-
-    def test(self) -> None:
-        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its average bits."""
-        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
-        training = net.training
-        net.eval()
-        patches, bits = self.opt["val"].get("patches"), []
-
-        def observed(x: torch.Tensor) -> torch.Tensor:
-            out = net(x)
-            bits.append(feature_average_bits(net, net.last_record()))
-            return out
-
-        with torch.no_grad():
-            scale = self.opt["scale"]
-            self.output = run_in_patches(observed, self.lq, scale, **patches) if patches else observed(self.lq)
-        net.train(training)
-        self._bits.append(sum(bits) / len(bits))
-
-    def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:
-        super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
-        fab = sum(self._bits) / len(self._bits)
-        get_root_logger().info(f"\t # FAB {dataset_name}: {fab:.3f}")
-        if tb_logger:
-            tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
 
 
 def log_with_the_host() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from qsr_plugin.quant.recipe import RecipeError
@@ -37,12 +38,16 @@ def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def check_stages(stages: Iterable[Stage], net: nn.Module) -> None:
-    """Refuse stages that ask for what no quantizer of the network can do, before any work is done.
+    """Refuse stages that ask for what no activation quantizer of the network can do, before any work is done.
+
+    Where activations are float, such a stage asks for nothing.
 
     Raises:
         RecipeError: Naming the stage and what to change.
     """
-    kinds = {type(quantizer) for _, quantizer in quantizers(net)}
+    kinds = {type(quantizer) for _, quantizer in quantizers(net) if quantizer.role == "act"}
+    if not kinds:
+        return
     for index, stage in enumerate(stages):
         tracking = None if stage.track_ranges is None else "mean" if stage.track_ranges == "mean" else "momentum"
         if tracking and not any(kind.tracking == tracking for kind in kinds):
@@ -86,6 +91,10 @@ class StageSchedule:
                 parameter.requires_grad_(group in stage.train)
         for _, quantizer in quantizers(net):
             quantizer.enter_stage(stage)
+        inner = {part for _, quantizer in quantizers(net) for part in quantizer.modules()}
+        for module in net.modules():
+            if isinstance(module, _BatchNorm) and module not in inner:
+                module.train(not stage.freeze_batch_norm)
 
     def set_learning_rates(self, index: int, optimizer: Optimizer, schedulers: Iterable) -> None:
         """Change the learning rates to a stage's, keeping the decay that the scheduler has reached."""

@@ -60,10 +60,10 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def grad_scale(x: Tensor, factor: float) -> Tensor:
-    """Identity whose gradient is multiplied by ``factor`` (Esser et al., ICLR 2020, Sec. 2.2)."""
+def grad_scale(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Identity, to the last bit, whose gradient is multiplied by ``factor`` (Esser et al., ICLR 2020, Sec. 2.2)."""
     scaled = x * factor
-    return (x - scaled).detach() + scaled
+    return x.detach() + (scaled - scaled.detach())
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -89,6 +89,24 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     if batch != images:
         values = values.repeat_interleave(batch // images)
     return values.view(batch, *([1] * (x.dim() - 1)))
+
+
+def at_bits(values: Tensor, candidates: tuple[int, ...], bits: int | Tensor) -> Tensor:
+    """Take, of one number per candidate bit width, those of the widths asked for.
+
+    Args:
+        values: ``(K,)``, differentiable.
+        candidates: The K bit widths, ascending.
+        bits: One of them, or a tensor of them of any shape. Bits that carry a gradient are real numbers, and may be a
+            rounding error beside their candidate.
+
+    Returns:
+        Tensor of the shape of ``bits``.
+    """
+    if not isinstance(bits, Tensor):
+        return values[candidates.index(bits)]
+    table = torch.tensor(candidates, device=bits.device)
+    return values[torch.searchsorted(table, bits.detach().round().to(table.dtype))]
 
 
 def fake_quantize(
@@ -218,7 +236,7 @@ def _shares(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor
     if ties == "split":
         return inside.mul_(0.5), side.mul_(0.5)
     if ties == "inside":
-        return inside.clamp_(max=1.0), side.mul_(0.5).trunc_()
+        return inside.clamp_(max=1.0), side.mul_(0.5).round_()  # a half on a bound rounds to 0
     return inside.sub_(1.0).clamp_(min=0.0), side.clamp_(-1.0, 1.0)
 
 

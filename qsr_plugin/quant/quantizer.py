@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.observers import Observer, Range
-from qsr_plugin.quant.ops import per_sample
+from qsr_plugin.quant.ops import at_bits, per_sample
 
 if TYPE_CHECKING:
     from qsr_plugin.quant.schema import Stage
@@ -81,6 +81,8 @@ class Quantizer(nn.Module):
     tracking: ClassVar[Literal["momentum", "mean", None]] = None
     #: Whether there is a gate that can rescale the range for each image.
     gated: ClassVar[bool] = False
+    #: Whether activations get a number per channel: the constructor then takes how many as ``channels``.
+    per_channel: ClassVar[bool] = False
 
     calibrated: Tensor
 
@@ -162,6 +164,10 @@ class Quantizer(nn.Module):
         """Bits that a stored model spends on this quantizer besides the quantized values: 32 per range number."""
         return 32 * sum(p.numel() for p in self.range_parameters())
 
+    def overhead_ops(self, numel: int) -> int:
+        """Float operations on a tensor of ``numel`` elements that a range known beforehand would not need."""
+        return 0
+
     # -- calibration -------------------------------------------------------------------------------------------------
 
     def begin_calibration(self) -> None:
@@ -236,6 +242,13 @@ class Quantizer(nn.Module):
     def expand(self, bits: int | Tensor, x: Tensor) -> int | Tensor:
         """Bit widths ready to be broadcast over ``x``: ints stay, ``(N,)`` becomes ``(M, 1, ..., 1)``."""
         return per_sample(bits, x) if isinstance(bits, Tensor) and bits.dim() else bits
+
+    def select(self, values: Tensor, bits: int | Tensor, x: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Range of the bit widths (``values`` is 0-d, or has one number per candidate) and the widths, to broadcast."""
+        if values.dim() and isinstance(bits, int) and bits not in self.candidates:
+            raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
+        values = at_bits(values, self.candidates, bits) if values.dim() else values
+        return self.expand(values, x), self.expand(bits, x)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -155,6 +155,8 @@ class Stage(_Strict):
         track_ranges: Ranges follow the training batches during this stage: the weight of the past in [0, 1), 0 for the
             latest batch only, or ``mean`` of all batches of the stage. Quantizers that do not know this learn as ever.
         gated: Quantizers with a gate rescale their range for each image.
+        freeze_batch_norm: Batch norm layers normalise with the statistics they have, and keep them. At 2 bits, ranges
+            that follow the largest value leave so little in some channels that batch statistics blow gradients up.
         depths: Shares of the blocks that are trained in turn on each batch; needs the recipe's ``depth``.
     """
 
@@ -163,6 +165,7 @@ class Stage(_Strict):
     lr: LearningRates = LearningRates()
     track_ranges: Union[float, Literal["mean"], None] = None
     gated: bool = False
+    freeze_batch_norm: bool = False
     depths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
 
     @field_validator("track_ranges", mode="before")
@@ -224,8 +227,21 @@ class Recipe(_Strict):
             raise ValueError(f"unknown placement '{self.placement}'. {suggest(self.placement, self.placements)}")
         if not self.stages or any(stage.iters is None for stage in self.stages[:-1]):
             raise ValueError("every stage but the last needs 'iters'")
-        if self.depth is None and any(stage.depths != (1.0,) for stage in self.stages):
-            raise ValueError("a stage trains several depths, but the recipe has no 'depth': add depth: {role: block}")
+        if any(stage.depths != (1.0,) for stage in self.stages):
+            if self.depth is None:
+                raise ValueError(
+                    "a stage trains several depths, but the recipe has no 'depth': add depth: {role: block}"
+                )
+            if self.cooperative is not None:
+                raise ValueError("a stage trains several depths, which 'cooperative' cannot: set one of them to null")
+        lowest = min(self.bits.act) if isinstance(self.bits.act, tuple) else self.bits.act
+        for index, loss in enumerate(self.losses):
+            target = loss.extras().get("target_bits")
+            if target is not None and target < lowest:
+                raise ValueError(
+                    f"losses[{index}].target_bits is {target}, below the smallest activation bit width {lowest}, so no "
+                    f"network can reach it; give {lowest} or more, or add a smaller candidate to bits.act"
+                )
         return self
 
     @property

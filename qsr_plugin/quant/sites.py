@@ -33,10 +33,12 @@ class Site:
     Attributes:
         site_name: Dotted name in the network.
         ports: Ports this class can quantize.
+        read_ports: Ports whose tensor is only read afterwards, never changed in place.
         channel_axis: Axis of the channels in its activations: 1 for NCHW, -1 for NLC.
     """
 
     ports: ClassVar[tuple[str, ...]] = ("input", "output")
+    read_ports: ClassVar[tuple[str, ...]] = ()
     channel_axis: ClassVar[int] = 1
     site_name: str
 
@@ -77,9 +79,10 @@ class Site:
         if record is not None:
             record.bits[quantizer.site] = decision.bits
         out = quantize_with(quantizer, x, decision)
-        if record is not None and record.keep_pairs:
-            record.pairs[quantizer.site + operand] = (x, out)
-        return out
+        if record is None or not record.keep_pairs:
+            return out
+        record.pairs[quantizer.site + operand] = (x, out)
+        return out if port in self.read_ports else out.clone()  # what comes next may work in place
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
@@ -111,6 +114,7 @@ class QuantConv2d(Site, nn.Conv2d):
     """``nn.Conv2d`` with ports input, weight and output. All strides, groups, dilations and padding modes work."""
 
     ports = ("input", "weight", "output")
+    read_ports = ("input",)
     #: Pad the input before it is quantized, so that the zeros of the padding go through the quantizer as well.
     pad_first: bool = False
 
@@ -130,6 +134,7 @@ class QuantLinear(Site, nn.Linear):
     """``nn.Linear`` with ports input, weight and output; channels are the last axis."""
 
     ports = ("input", "weight", "output")
+    read_ports = ("input",)
     channel_axis = -1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +155,7 @@ class QuantMatMul(Site, MatMul):
     """:class:`MatMul` with ports left, right and output; channels are the last axis."""
 
     ports = ("left", "right", "output")
+    read_ports = ("left", "right")
     channel_axis = -1
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from qsr_plugin.errors import suggest
+from qsr_plugin.quant.depth_surgery import add_depth, depth_keys, find_blocks
 from qsr_plugin.quant.policy import BitPolicy, policy_class
 from qsr_plugin.quant.quantizer import Quantizer, quantizer_class
 from qsr_plugin.quant.recipe import RecipeError, load_recipe, register_parts
@@ -160,9 +161,23 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
         raise RecipeError(f"{where}: quantizer '{spec.type}' does {low} to {high} bits, asked for {bits}")
     if role not in cls.roles:
         raise RecipeError(f"{where}: quantizer '{spec.type}' is for {', '.join(cls.roles)}, port '{port}' needs {role}")
+    if cls.per_channel and not weight and _channels(module, port) is None:
+        raise RecipeError(
+            f"{where}: quantizer '{spec.type}' has a number per channel, and {name} ({type(module).__name__}) does not "
+            f"say how many pass its port '{port}': give it a place at a convolution or linear layer"
+        )
     if rule.pad_first and not (port == "input" and isinstance(module, nn.Conv2d)):
         raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
     return Place(name, module, port, number, spec, bits, rule.bits is not None, rule.pad_first)
+
+
+def _channels(module: nn.Module, port: str) -> Optional[int]:
+    """How many channels the tensors at a port have, as far as the module or the layers in it say."""
+    names = ("out_channels", "out_features") if port == "output" else ("in_channels", "in_features")
+    parts = list(module.modules())  # of a block: its first layer tells the input, its last one the output
+    parts = parts if port != "output" else [module, *reversed(parts[1:])]
+    found = (getattr(part, name, None) for part in parts for name in (*names, "num_features"))
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]) -> nn.Module:
@@ -192,6 +207,7 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     backbone = type(net)
     places = find_places(net, recipe)
+    blocks = recipe.depth and find_blocks(_Index.of(net), roles_of(net), recipe.depth, places, backbone.__name__)
     ports: dict[str, set[str]] = {}
     for place in places:
         ports.setdefault(place.name, set()).add(place.port)
@@ -209,6 +225,8 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
         place.module.add_quantizer(place.port, quantizer.to(device), policy if policy is None else policy.to(device))
         if place.pad_first:
             place.module.pad_first = True
+    if blocks:
+        add_depth(net, blocks, recipe.depth.kept)
     net.float_class = backbone
     net.recipe = recipe
     return record_root(net)
@@ -219,7 +237,8 @@ def _parts(recipe: Recipe, place: Place, channel_axis: int) -> tuple[Quantizer, 
     role = "weight" if place.port == "weight" else "act"
     axis = 0 if role == "weight" else channel_axis
     cls = quantizer_class(place.spec.type)
-    quantizer = cls(cls.Options(**place.spec.extras()), candidates, role, axis)
+    extra = {"channels": _channels(place.module, place.port)} if cls.per_channel and role == "act" else {}
+    quantizer = cls(cls.Options(**place.spec.extras()), candidates, role, axis, **extra)
     quantizer.counts_in_fab = role == "act" and not place.own_bits
     if role == "weight":
         return quantizer, None
@@ -242,9 +261,9 @@ def quantizers(net: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 
 def plugin_keys(net: nn.Module) -> set[str]:
-    """State-dict keys that belong to quantizers and bit policies, not to the float network."""
+    """State-dict keys that quantizing added to those of the float network."""
     parts = [name for name, module in net.named_modules() if isinstance(module, (Quantizer, BitPolicy))]
-    return {f"{name}.{key}" for name in parts for key in net.get_submodule(name).state_dict()}
+    return {f"{name}.{key}" for name in parts for key in net.get_submodule(name).state_dict()} | depth_keys(net)
 
 
 def tap(net: nn.Module, place: str, name: str) -> nn.Module:

@@ -2,7 +2,8 @@
 
 Everything is counted on a copy without data (PyTorch's meta device), so no image is computed and the network stays as
 it is. Multiply-accumulates (MACs) are those of convolutions, linear layers and matrix products, as modules or as
-plain expressions; batch norm, activation functions, quantizers and bit policies are not counted.
+plain expressions; batch norm, activation functions, quantizers and bit policies are not counted. What quantizers spend
+on ranges that they take from each image is told apart from it, as overhead.
 
 A layer's input counts as quantized only if the very tensor that arrives is what an activation quantizer returned, not
 changed since: a branch that reads the raw tensor beside a quantized identity path is a 32-bit layer. A tensor that was
@@ -14,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
@@ -22,107 +24,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qsr_plugin.errors import suggest
+from qsr_plugin.quant.depth import depth_blocks
 from qsr_plugin.quant.policy import BitPolicy
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.record import RecordingRoot
 from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.sites import MatMul, Site
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
+from qsr_plugin.report.complexity_types import CONVENTIONS, DEFAULT_SIZE, ComplexityReport, SiteCost
 from qsr_plugin.report.fab import mean_bits
 from qsr_plugin.report.storage import storage_bits
-
-#: LR size (height, width) of 1280x720 at scale 4, the size the papers count at.
-DEFAULT_SIZE = (180, 320)
-
-
-@dataclass(frozen=True)
-class Convention:
-    """One way of counting bit operations.
-
-    Attributes:
-        text: What is summed, for the reader of a report.
-        factor: Times MACs x weight bits x activation bits.
-        float_layers: Whether layers without quantization take part, as 32 x 32.
-    """
-
-    text: str
-    factor: float
-    float_layers: bool
-
-
-#: Ways to count BitOPs. Figures of two conventions must not be compared; for one set of layers they differ by 512.
-CONVENTIONS = {
-    "macs-bits": Convention("MACs x weight bits x activation bits, all layers, float ones as 32 x 32", 1.0, True),
-    # Hong et al., ECCV 2022: scaled so that a 32-bit network has as many BitOPs as FLOPs.
-    "cadyq": Convention("2 x MACs x weight bits / 32 x activation bits / 32, quantized layers only", 2 / 1024, False),
-}
-
-
-@dataclass(frozen=True)
-class SiteCost:
-    """One layer, or the plain matrix products and convolutions in one module's own forward.
-
-    Attributes:
-        name: Dotted module name; ``(network)`` for expressions in the network's own forward.
-        kind: Class of the float module; ``expression`` for plain expressions.
-        macs: Multiply-accumulates for one image.
-        weight_bits: Bits of the weight; of the right operand in a matrix product.
-        act_bits: Bits of the input; a mean over images where a policy chooses.
-        parameters: Numbers in weight and bias.
-        storage_bits: Weight (packed), bias, and what its own quantizers store.
-        quantized: Whether weight or input has fewer than 32 bits.
-        in_fab: Whether the place that quantizes its input counts in FAB.
-    """
-
-    name: str
-    kind: str
-    macs: int
-    weight_bits: float
-    act_bits: float
-    parameters: int
-    storage_bits: int
-    quantized: bool
-    in_fab: bool
-
-
-@dataclass(frozen=True)
-class ComplexityReport:
-    """Costs of one network for one image of one size.
-
-    Attributes:
-        network: Class of the float network.
-        method: Recipe and bits, or ``float``.
-        input_size: Low-resolution (height, width) the MACs and BitOPs are for.
-        convention: Key of :data:`CONVENTIONS` that ``bitops`` follows.
-        fab: Mean bits over the counted activation places; 32 for a float network.
-        weighted_fab: The same, each place weighted by the MACs of the layers it feeds; ``fab`` if they feed none.
-        bitops: Bit operations by the convention.
-        bitops_quantized: Those of the quantized layers alone.
-        macs: Multiply-accumulates of all layers.
-        parameters: Numbers a float model learns, quantizers left out.
-        storage_bits: Size of a stored model: weights packed to whole bytes per tensor, the rest in 32 bits. Counters,
-            calibration flags and integer tables are left out.
-        float_storage_bits: The same for the float network.
-        sites: One row per layer, in module order.
-    """
-
-    network: str
-    method: str
-    input_size: tuple[int, int]
-    convention: str
-    fab: float
-    weighted_fab: float
-    bitops: float
-    bitops_quantized: float
-    macs: int
-    parameters: int
-    storage_bits: int
-    float_storage_bits: int
-    sites: tuple[SiteCost, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON; the convention is spelt out as ``convention_text``."""
-        return {**asdict(self), "convention_text": CONVENTIONS[self.convention].text}
 
 
 def complexity(
@@ -131,7 +42,7 @@ def complexity(
     """Count what a float or quantized network costs. The network is neither run, moved nor changed.
 
     Fixed bit widths need no calibration and no forward. Where a policy chooses bits, they are taken from the record of
-    the network's last forward.
+    the network's last forward. A network with depth is counted at the depth it is set to; what is stored is all of it.
 
     Args:
         net: Network that takes (N, 3, H, W).
@@ -146,16 +57,16 @@ def complexity(
         raise ValueError(f"input_size is {input_size}; give the low-resolution (height, width) in pixels, both above 0")
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown BitOPs convention '{convention}'. {suggest(convention, CONVENTIONS)}")
-    bits = _place_bits(net)
-    counted = {place for place, quantizer in quantizers(net) if quantizer.counts_in_fab}
-    modules, fed = dict(net.named_modules()), defaultdict(int)
-    rows = []
-    for name, use in _measure(net, input_size).items():
+    uses, ran = _measure(net, input_size)
+    bits = _place_bits(net, ran)
+    counted = {place for place, quantizer in quantizers(net) if quantizer.counts_in_fab and place in ran}
+    modules, fed, rows = dict(net.named_modules()), defaultdict(int), []
+    for name, use in uses.items():
         for place in {place for operand in use.operands for place in operand if place in counted}:
             fed[place] += use.macs
         rows.append(_site_cost(name, modules[name], use, bits, counted))
     rule, quantized = CONVENTIONS[convention], [row for row in rows if row.quantized]
-    recipe, added = getattr(net, "recipe", None), plugin_keys(net)
+    recipe, added, blocks = getattr(net, "recipe", None), plugin_keys(net), [block for _, block in depth_blocks(net)]
     return ComplexityReport(
         network=getattr(net, "float_class", type(net)).__name__,
         method="float" if recipe is None else _method(recipe.method, recipe.bits.weight, recipe.bits.act),
@@ -170,19 +81,21 @@ def complexity(
         storage_bits=storage_bits(net),
         float_storage_bits=storage_bits(net, as_float=True),
         sites=tuple(rows),
+        overhead=sum(ran.values()),
+        blocks=(sum(not block.skipped for block in blocks), len(blocks)) if blocks else None,
     )
 
 
 # -- bits -------------------------------------------------------------------------------------------------------------
 
 
-def _place_bits(net: nn.Module) -> dict[str, float]:
-    """Bits at every activation place: the fixed width, or the mean of what the last forward chose."""
+def _place_bits(net: nn.Module, ran: Collection[str]) -> dict[str, float]:
+    """Bits at the activation places that ran: the fixed width, or the mean of what the last forward chose."""
     bits: dict[str, float] = {}
     for place, quantizer in quantizers(net):
-        if quantizer.role == "act" and len(quantizer.candidates) == 1:
+        if place in ran and len(quantizer.candidates) == 1:
             bits[place] = quantizer.candidates[0]
-        elif quantizer.role == "act":
+        elif place in ran:
             chosen = net.last_record().bits
             if place not in chosen:
                 raise RuntimeError(f"no record of the bits chosen at {place}: run the network on images first")
@@ -216,11 +129,16 @@ class _Use:
     operands: tuple[set[str | None], set[str | None]] = field(default_factory=lambda: (set(), set()))
 
 
-def _measure(net: nn.Module, input_size: tuple[int, int]) -> dict[str, _Use]:
-    """Run a copy without data; returns the modules that multiply by themselves, by name, in module order."""
+def _measure(net: nn.Module, input_size: tuple[int, int]) -> tuple[dict[str, _Use], dict[str, int]]:
+    """Run a copy without data.
+
+    Returns:
+        What multiplies, by name in module order; and the overhead of the activation places that ran.
+    """
     probe = _copy_without_data(net)
     uses: dict[nn.Module, _Use] = defaultdict(_Use)
     made: dict[int, tuple[Tensor, int, str]] = {}  # keeps the tensors, so that no id is used twice
+    ran: dict[str, int] = {}
     running: list[list[int]] = []  # of every module now running: total at its start, what its children took
     counter = FlopCounterMode(display=False)
 
@@ -239,6 +157,7 @@ def _measure(net: nn.Module, input_size: tuple[int, int]) -> dict[str, _Use]:
             running[-1][1] += spent
         if isinstance(module, Quantizer) and module.role == "act":
             made[id(out)] = (out, out._version, module.site)
+            ran[module.site] = ran.get(module.site, 0) + module.overhead_ops(out.numel())
 
     for module in probe.modules():
         module.register_forward_pre_hook(before)
@@ -247,7 +166,7 @@ def _measure(net: nn.Module, input_size: tuple[int, int]) -> dict[str, _Use]:
     with torch.no_grad(), counter:
         probe(torch.zeros(1, 3, *input_size, dtype=dtype, device="meta"))
     inner = {part for m in probe.modules() if isinstance(m, (Quantizer, BitPolicy)) for part in m.modules()}
-    return {name: uses[m] for name, m in probe.named_modules() if m not in inner and uses[m].macs}
+    return {name: uses[m] for name, m in probe.named_modules() if m not in inner and uses[m].macs}, ran
 
 
 def _copy_without_data(net: nn.Module) -> nn.Module:
@@ -257,9 +176,7 @@ def _copy_without_data(net: nn.Module) -> nn.Module:
         plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
         vars(module).update({key: value.to("meta") for key, value in plain.items()})
         if isinstance(module, Quantizer) and module.needs_calibration:
-            with torch.no_grad():
-                module.set_range(torch.tensor(-1.0, device="meta"), torch.tensor(1.0, device="meta"))
-            module.mark_calibrated()
+            module.mark_calibrated()  # what calibration decided is kept; numbers there are none
     return probe
 
 

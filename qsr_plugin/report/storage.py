@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from qsr_plugin.quant.depth_surgery import ScaledShortcut
 from qsr_plugin.quant.policy import BitPolicy
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.schema import FLOAT_BITS
@@ -34,7 +35,8 @@ def _bits(module: nn.Module, as_float: bool, seen: set[int]) -> int:
     packer = module.quantizer("weight") if isinstance(module, Site) and not as_float else None
     total = 0
     for name, tensor in _stored_tensors(module):
-        if id(tensor) not in seen:
+        added = name == "shortcut_scale" and isinstance(module, ScaledShortcut)
+        if id(tensor) not in seen and not (as_float and added):
             seen.add(id(tensor))
             width = packer.candidates[0] if packer is not None and name == "weight" else FLOAT_BITS
             total += math.ceil(tensor.numel() * width / 8) * 8

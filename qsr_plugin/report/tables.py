@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.table import Table
 
 from qsr_plugin.checkpoint import write_atomically
-from qsr_plugin.report.complexity import CONVENTIONS, ComplexityReport
+from qsr_plugin.report.complexity_types import CONVENTIONS, ComplexityReport
 from qsr_plugin.report.evaluate import EvaluationResult
 
 
 def site_table(report: ComplexityReport) -> Table:
-    """One row per layer, then what is stored beside them (norms, activations, ranges of blocks), and the totals.
+    """One row per layer that runs, then what is stored beside them (norms, ranges, blocks left out), and the totals.
 
     ``W bits`` and ``A bits`` are those of weight and input; ``FAB`` says whether the place of the input counts there.
     """
@@ -50,7 +50,9 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
     table.add_column(justify="right")
     quantized = [row for row in report.sites if row.quantized]
     share = sum(row.macs for row in quantized) / report.macs if report.macs else 0.0
-    rows = {
+    running, stored = report.blocks or (0, 0)
+    rows = {"Blocks": f"{running} of {stored} run"} if stored else {}
+    rows |= {
         "Parameters": f"{report.parameters:,}",
         "MACs": quantity(report.macs),
         "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
@@ -58,13 +60,30 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         "FAB weighted by MACs": f"{report.weighted_fab:.2f} bits",
         "BitOPs": quantity(report.bitops),
         "BitOPs of quantized layers": quantity(report.bitops_quantized),
-        "Size": size(report.storage_bits),
+        **({"Ranges found at run time": f"{quantity(report.overhead)} float operations"} if report.overhead else {}),
+        "Size" if running == stored else f"Size of all {stored} blocks": size(report.storage_bits),
         "Size in float": f"{size(report.float_storage_bits)} ({report.float_storage_bits / report.storage_bits:.2f} x)",
     }
     for name, result in (scores or {}).items():
         rows[f"{name} x{result.scale}"] = f"{result.psnr:.2f} dB / {result.ssim:.4f}"
     for key, value in rows.items():
         table.add_row(key, value)
+    return table
+
+
+def depth_table(reports: Iterable[ComplexityReport]) -> Table:
+    """One row per depth of one network, each slimmed to it: what it costs to run and to store.
+
+    Args:
+        reports: Costs of the slimmed networks (:func:`qsr_plugin.slim`), at least one.
+    """
+    reports = list(reports)
+    table = Table(title=f"{reports[0].network}, {reports[0].method}, by depth", caption=_counted_at(reports[0]))
+    for heading in ("Blocks", "MACs", "BitOPs", "FAB", "Size if slimmed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        costs = quantity(report.macs), quantity(report.bitops), f"{report.fab:.2f}", size(report.storage_bits)
+        table.add_row(str(report.blocks[0]), *costs)
     return table
 
 

@@ -15,11 +15,10 @@ from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer
 from qsr_plugin.methods.pams import PAMSQuantizer
 from qsr_plugin.models.finite import first_non_finite
 from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.quantizer import QUANTIZERS, Quantizer
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
-from tests.quant.builders import NAMES, bounds, build, data
-
-every = pytest.mark.parametrize("name", NAMES)
+from tests.quant.builders import LEARNING, PAIRS, UNIFORM, bounds, build, data, over
 
 
 def finite(*tensors: Tensor) -> bool:
@@ -29,28 +28,41 @@ def finite(*tensors: Tensor) -> bool:
 # -- ranges of no width ----------------------------------------------------------------------------------------------
 
 
-@every
+def calibrated_on_constant(name: str, role: str, bits: int, value: float) -> tuple[Quantizer, Tensor]:
+    bits = min(bits, QUANTIZERS[name].bits_span[1])
+    q, constant = build(name, bits, role=role), torch.full((2, 4, 5, 5), value)
+    q.site = "body.3.conv1.input"
+    q.begin_calibration()
+    q.observe(constant)
+    q.end_calibration()
+    return q, constant
+
+
+@over()
 @pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
 @pytest.mark.parametrize("bits", [2, 8, 16])
-def test_constant_data_give_a_finite_quantizer_that_can_learn(
-    name: str, value: float, bits: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    q = build(name, bits)
-    q.site = "body.3.conv1.input"
-    constant = torch.full((2, 4, 5, 5), value)
-    q.begin_calibration()
-    with caplog.at_level(logging.WARNING, "qsr_plugin"):
-        q.observe(constant)
-        q.end_calibration()
-    collapsed = [record for record in caplog.records if record.message.startswith("body.3.conv1.input: all observed")]
-    one_sided = q.needs_calibration and (value == 0 or isinstance(q, AsymmetricQuantizer))
-    assert len(collapsed) == int(one_sided)
+def test_constant_data_give_a_finite_quantizer_that_can_learn(name: str, role: str, bits: int, value: float) -> None:
+    q, constant = calibrated_on_constant(name, role, bits, value)
     for x in (constant, data(), constant + 1e-3):
         x = x.clone().requires_grad_()
         y = q(x)
         y.sum().backward()
         assert finite(y, x.grad, *(p.grad for p in q.range_parameters()))
+
+
+@over()
+@pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_constant_data_are_kept(name: str, role: str, bits: int, value: float) -> None:
+    q, constant = calibrated_on_constant(name, role, bits, value)
     assert torch.allclose(q(constant), constant, atol=max(1e-5, abs(value) * 1e-4))
+
+
+@over([(name, role) for name, role in PAIRS if QUANTIZERS[name].needs_calibration])
+def test_a_dead_place_is_reported(name: str, role: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "qsr_plugin"):
+        calibrated_on_constant(name, role, 4, 0.0)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["body.3.conv1.input"]
 
 
 @pytest.mark.parametrize("backbone", list_backbones())
@@ -63,10 +75,12 @@ def test_a_network_with_dead_features_stays_finite(tiny_net, images, method, bac
     quantize_model(net, load_recipe(method, weight_bits=4, act_bits=4))
     with caplog.at_level(logging.WARNING, "qsr_plugin"):
         calibrate(net, images)
-    assert "body.0.conv2.input: all observed values are 0" in caplog.text
+    quantizer = net.body[0].conv2.quantizer("input")
+    assert ("body.0.conv2.input: all observed values are 0" in caplog.text) == quantizer.needs_calibration
     out = net(images[0])
     out.sum().backward()
-    assert finite(out, *(p.grad for p in net.parameters()))
+    assert finite(out, *(p.grad for p in net.parameters() if p.grad is not None))
+    assert all(p.grad is not None for _, q in quantizers(net) for p in q.range_parameters())
 
 
 @pytest.mark.parametrize("method", list_methods())
@@ -85,14 +99,16 @@ def test_flat_images_of_any_size_are_super_resolved(tiny_net, images, method: st
 
 
 @given(
-    name=st.sampled_from([name for name in NAMES if build(name).range_parameters()]),
+    pair=st.sampled_from([pair for pair in LEARNING if pair in UNIFORM]),
     bits=st.sampled_from([2, 4, 8]),
     rate=st.floats(1e-3, 1e5),
     signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=1, max_size=5),
     adam=st.booleans(),
 )
-def test_no_learning_rate_turns_a_range_over(name: str, bits: int, rate: float, signs: list[float], adam: bool) -> None:
-    q = build(name, bits)
+def test_no_learning_rate_turns_a_range_over(
+    pair: tuple[str, str], bits: int, rate: float, signs: list[float], adam: bool
+) -> None:
+    q = build(pair[0], bits, role=pair[1])
     optimiser = (torch.optim.Adam if adam else torch.optim.SGD)(q.range_parameters(), lr=rate)
     for step, sign in enumerate(signs):
         optimiser.zero_grad()
@@ -102,11 +118,16 @@ def test_no_learning_rate_turns_a_range_over(name: str, bits: int, rate: float, 
         x = data(seed=step)
         low, high, width = bounds(q, x)
         assert low < high and width > 0 and finite(q(x), *q.range_parameters())
-        ordered = q(torch.linspace(-4, 4, 64))
+        ordered = q(torch.linspace(-4, 4, 64).view(16, 4, 1, 1)).flatten()
         assert (ordered.diff() >= 0).all(), "larger values never become smaller ones"
 
 
-@pytest.mark.parametrize("method", list_methods())
+def learns_ranges(method: str) -> bool:
+    quantizers = load_recipe(method).quantizers
+    return (quantizers.act.type, "act") in LEARNING or (quantizers.weight.type, "weight") in LEARNING
+
+
+@pytest.mark.parametrize("method", [method for method in list_methods() if learns_ranges(method)])
 def test_training_with_an_absurd_learning_rate_keeps_all_ranges_legal(tiny_net, images, method: str) -> None:
     net = calibrate(quantize_model(tiny_net(), load_recipe(method, weight_bits=2, act_bits=2)), images)
     ranges = [p for _, q in quantizers(net) for p in q.range_parameters()]
@@ -139,11 +160,11 @@ def test_features_that_overflow_stop_calibration_with_their_place(tiny_net, imag
         calibrate(net, images)
 
 
-@every
-def test_nan_is_not_hidden_by_a_quantizer(name: str) -> None:
+@over()
+def test_nan_is_not_hidden_by_a_quantizer(name: str, role: str) -> None:
     x = data()
     x[1, 2, 3, 3] = float("nan")
-    assert bool(torch.isnan(build(name)(x)).any())
+    assert bool(torch.isnan(build(name, role=role)(x)).any())
 
 
 def test_the_first_bad_place_of_a_training_step_is_named(tiny_net, images) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsr_plugin import load_quantized
+from qsr_plugin import load_quantized, set_depth
 from tests.host import harness
 
 WEIGHTS = Path(str(resources.files("qsr_plugin.assets"))) / "edsr_small_x4.safetensors"
@@ -61,6 +61,55 @@ def test_report_of_a_network_and_of_option_files(quantized: tuple[Path, str], ph
     assert "pams W4A4" in qsr(tmp_path, "report", file)
     file.write_text('_base_: ["qsr:backbones/edsr_small_x4.yml"]\n')
     assert "32.00 bits" in qsr(tmp_path, "report", file)
+
+
+@pytest.fixture(scope="module")
+def with_depth(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of 8 blocks whose recipe trains 8, 4 and 2 of them."""
+    folder = tmp_path_factory.mktemp("depth")
+    recipe = {"base": "percentile", "depth": {"role": "block"}, "stages": [{"depths": [1, 0.5, 0.25]}]}
+    (folder / "recipe.yml").write_text(json.dumps(recipe))
+    qsr(
+        folder, "quantize", WEIGHTS, "--arch", "edsr_small_x4", "--photos", photos, "--bits", "W4A4", "--method",
+        "recipe.yml", "-o", "net.safetensors",
+    )  # fmt: skip
+    return folder / "net.safetensors"
+
+
+def test_report_of_a_network_with_depth(with_depth: Path, tmp_path: Path) -> None:
+    said = qsr(tmp_path, "report", with_depth, "--json", "all.json")
+    assert "8 of 8 run" in said and "Size if slimmed" in said
+    full = json.loads((tmp_path / "all.json").read_text())
+    assert [one["blocks"] for one in full["depths"]] == [[8, 8], [4, 4], [2, 2]]
+    said = qsr(tmp_path, "report", with_depth, "--depth", "4", "--json", "half.json")
+    assert "4 of 8 run" in said and "Size of all 8 blocks" in said and "Size if slimmed" not in said
+    half = json.loads((tmp_path / "half.json").read_text())
+    assert half["macs"] == full["depths"][1]["macs"] < full["macs"]
+    assert half["storage_bits"] == full["storage_bits"] > full["depths"][1]["storage_bits"]
+    assert "depths" not in half
+
+
+def test_slim_writes_a_smaller_network_of_the_same_output(with_depth: Path, tmp_path: Path) -> None:
+    said = " ".join(qsr(tmp_path, "slim", with_depth, "--depth", "2", "-o", "small.safetensors").split())
+    assert "wrote small.safetensors: file of" in said
+    small, net = load_quantized(tmp_path / "small.safetensors"), load_quantized(with_depth)
+    assert small.recipe.depth.kept == (0, 1)
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(small(x), set_depth(net, 2)(x))
+    assert "2 of 2 run" in qsr(tmp_path, "report", "small.safetensors")
+
+
+def test_depths_that_are_not_there_end_in_a_sentence(
+    with_depth: Path, quantized: tuple[Path, str], tmp_path: Path
+) -> None:
+    said = " ".join(qsr(tmp_path, "report", with_depth, "--depth", "9", fails=True).split())
+    assert "this EDSR has 8 blocks: give 1 to 8" in said
+    said = " ".join(qsr(tmp_path, "slim", quantized[0], "--depth", "2", "-o", "o.safetensors", fails=True).split())
+    assert "has one depth only" in said
+    said = " ".join(qsr(tmp_path, "slim", with_depth, "--depth", "2", "-o", "o.pth", fails=True).split())
+    assert "saved as .safetensors" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_list_names_methods_and_backbones(tmp_path: Path) -> None:

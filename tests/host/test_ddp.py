@@ -38,12 +38,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.write_data(tmp_path_factory.mktemp("data"), count=8)
 
 
-def options(data: Path, batch: int) -> dict:
+LR = {"weights": 1e-3, "ranges": 1e-2, "weight_ranges": 1e-3}
+#: What a distributed step may do beside the plain backward of the host: a teacher and ranges joined over processes, two
+#: gradient sets combined after each is averaged, several forwards.
+RECIPES = {
+    "tracking": {"losses": [{"type": "SKTLoss"}]},
+    "cooperative": {
+        "base": "odm",
+        "bits": {"weight": 2, "act": 2},
+        "stages": [{"iters": 8, "lr": LR, "train": ["weights"]}, {"lr": LR}],
+        # So large that it would show if the norm or the angle were not those of the joint batch.
+        "losses": [{"type": "MismatchLoss", "loss_weight": 1e-4}],
+    },
+    "depths": {
+        "base": "percentile",
+        "depth": {"role": "block"},
+        "stages": [{"iters": 8, "lr": LR}, {"lr": LR, "depths": [1.0, 0.5]}],
+    },
+}
+
+
+def options(data: Path, batch: int, recipe: dict) -> dict:
     return harness.options(
         data,
         datasets={"train": {"batch_size_per_gpu": batch}},
-        train={"total_iter": 12},
-        recipe={"losses": [{"type": "SKTLoss"}]},
+        # Adam divides by the gradient's size: without eps a rounding error of a zero gradient becomes a full step.
+        train={"total_iter": 12, "optim_g": {"eps": 1e-4}},
+        recipe=recipe,
         path={"pretrain_network_float": "float.pth"},
     )
 
@@ -71,15 +92,18 @@ def two_processes(script: Path, opt: Path, cwd: Path):
     return harness.run([*command, str(script), "-opt", str(opt), "--launcher", "pytorch"], cwd)
 
 
-def test_two_processes_equal_one_on_the_joint_batch(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_two_processes_equal_one_on_the_joint_batch(data: Path, tmp_path: Path, recipe: dict) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     script = tmp_path / "keep.py"
     script.write_text(KEEP_EACH_RANK)
     for folder in (one, two):
         write_float(folder)
-    single = harness.run([str(script), "-opt", str(harness.write_options(options(data, 4), tmp_path / "one.yml"))], one)
+    single = harness.run(
+        [str(script), "-opt", str(harness.write_options(options(data, 4, recipe), tmp_path / "one.yml"))], one
+    )
     assert single.returncode == 0, single.stderr[-3000:]
-    pair = two_processes(script, harness.write_options(options(data, 2), tmp_path / "two.yml"), two)
+    pair = two_processes(script, harness.write_options(options(data, 2, recipe), tmp_path / "two.yml"), two)
     assert pair.returncode == 0, pair.stdout[-2000:] + pair.stderr[-3000:]
     assert "Stage 2 of 2" in pair.stdout + pair.stderr
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from qsr_plugin import compat, demo, load_quantized
+from qsr_plugin import compat, demo, load_quantized, watched_run
 from qsr_plugin.data.images import list_images, read_rgb
 from qsr_plugin.data.resize import downscale
 
@@ -89,30 +89,14 @@ def test_options_follow_the_length(tmp_path: Path) -> None:
     assert Path(options["path"]["pretrain_network_float"]) == tmp_path / "w.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (
-            "INFO: [pams_..][epoch:  0, iter:   1,020, lr:(5.000e-04,5.000e-01,)] [eta: 0:00:11, time (data): 0.160 "
-            "(0.008)] l_pix: 2.6159e-02 l_sktloss: 2.4449e-04 ",
-            demo.Step(iteration=1020, loss=0.026159),
-        ),
-        ("\t # psnr: 30.1907\tBest: 30.1907 @ 100 iter", demo.Step(psnr=30.1907)),
-        ("INFO: Stage 1 of 2: train weights, ranges.", None),
-    ],
-)
-def test_lines_of_the_log(line: str, expected: demo.Step | None) -> None:
-    """Iterations and scores are told apart from everything else."""
-    assert demo.read_line(line) == expected
-
-
 def test_failed_training_shows_the_end_of_its_log(tmp_path: Path, weights: Path) -> None:
     """Here because there are no data."""
     folders = demo.Folders(tmp_path)
-    with pytest.raises(demo.DemoError, match="GT.lmdb") as caught:
-        demo.train(tiny(demo.demo_options(folders, weights, 2)), folders, lambda step: None)
+    with pytest.raises(watched_run.TrainingError, match="GT.lmdb") as caught:
+        watched_run.train(tiny(demo.demo_options(folders, weights, 2)), tmp_path, lambda step: None)
     assert str(tmp_path / "train.log") in str(caught.value)
     assert "GT.lmdb" in (tmp_path / "train.log").read_text()
+    assert caught.value.reason.startswith("the data cannot be used") and "GT.lmdb" in caught.value.reason
 
 
 def test_whole_script(

@@ -96,6 +96,24 @@ def test_frozen_groups_do_not_move_and_stages_change(data: Path, tmp_path: Path)
     assert [group["lr"] for group in model.optimizer_g.param_groups] == [2e-3, 4e-2]
 
 
+def test_frozen_batch_norm_keeps_its_statistics_through_validation(data: Path, tmp_path: Path) -> None:
+    lr = {"weights": 1e-3}
+    stages = [{"iters": 2, "lr": lr, "freeze_batch_norm": True, "track_ranges": 0.0}, {"lr": lr}]
+    backbone = {"type": "SRResNet_qsr", "num_feat": 8, "num_block": 1, "upscale": 4}
+    opt = options(data, tmp_path, recipe={"stages": stages})
+    opt["network_g"]["backbone"] = backbone
+    model = build_model(opt)
+    start = model.net.body[0].bn1.running_mean.clone()
+    step(model, 1)
+    model._bits = []
+    model.test()
+    step(model, 2)
+    assert torch.equal(model.net.body[0].bn1.running_mean, start) and model.net.training
+    assert model.net.body[0].bn1.weight.grad is not None, "scale and shift still learn"
+    step(model, 3)
+    assert not torch.equal(model.net.body[0].bn1.running_mean, start)
+
+
 def test_stage_change_keeps_the_schedulers_decay(data: Path, tmp_path: Path) -> None:
     stages = [{"iters": 6, "lr": {"weights": 1e-3, "ranges": 1e-2}}, {"lr": {"weights": 1e-4, "ranges": 1e-2}}]
     scheduler = {"type": "MultiStepLR", "milestones": [3], "gamma": 0.5}
@@ -237,7 +255,7 @@ def test_two_losses_of_one_kind_both_count(data: Path, tmp_path: Path, float_fil
     losses = [{"type": "SKTLoss"}, {"type": "SKTLoss", "features": "body:output"}]
     model = model_of(data, tmp_path, path={"pretrain_network_float": str(float_file)}, recipe={"losses": losses})
     step(model, 1)
-    assert list(model.log_dict) == ["l_pix", "l_sktloss", "l_sktloss_2"]
+    assert list(model.log_dict) == ["l_pix", "l_sktloss", "l_sktloss_2", "clipped"]
 
 
 def test_validation_in_patches_and_calibration_from_a_folder(data: Path, tmp_path: Path, caplog) -> None:

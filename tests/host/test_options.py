@@ -24,7 +24,7 @@ def test_shipped_files_resolve_to_complete_options(path: Path) -> None:
         assert {"optim_g", "scheduler", "total_iter", "pixel_opt"} <= set(options["train"])
         assert options["datasets"]["train"]["io_backend"]["type"] == "lmdb"
     if options["network_g"]["type"] == "QuantNet":
-        assert options["network_g"]["recipe"]["method"] == "pams"
+        assert options["name"].startswith(options["network_g"]["recipe"]["method"] + "_")
         assert options["network_g"]["recipe"]["stages"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsr_plugin.quant.ops import fake_quantize, grad_scale, int_limits, per_sample, round_ste
+from qsr_plugin.quant.ops import at_bits, fake_quantize, grad_scale, int_limits, per_sample, round_ste
 
 values = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=24)
 widths = st.integers(2, 16)
@@ -197,3 +197,12 @@ def test_per_sample_repeats_for_folded_windows_and_refuses_what_does_not_fit() -
     assert shaped.shape == (6, 1, 1) and shaped.flatten().tolist() == [4, 4, 4, 8, 8, 8]
     with pytest.raises(ValueError, match="2 image.s. do not fit a batch of 5"):
         per_sample(torch.tensor([4, 8]), torch.zeros(5, 3))
+
+
+def test_numbers_per_candidate_are_found_by_bit_width() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    assert at_bits(values, (4, 6, 8), 6).item() == 2.0
+    for bits in (torch.tensor([8, 4, 8]), torch.tensor([8 - 1e-6, 4 + 1e-6, 8])):
+        found = at_bits(values, (4, 6, 8), bits)
+        assert found.tolist() == [4.0, 1.0, 4.0]
+        assert gradients(found, torch.ones(3), values)[0].tolist() == [1.0, 0.0, 2.0]

@@ -144,6 +144,15 @@ def test_fixed_four_bits_have_fab_four(tiny, backbone: str, method: str) -> None
     assert report.network == backbone
 
 
+def test_ranges_found_at_run_time_are_counted_beside_the_bit_operations(tiny) -> None:
+    """Two blocks of two convolutions with 8 x 6 x 10 inputs; the second one of a block reads the result of a ReLU."""
+    report, places = complexity(tiny("EDSR", "daq", weight_bits=4, act_bits=4), (6, 10)), 2 * 8 * 6 * 10
+    assert report.overhead == places * (7 + 6) == report.to_dict()["overhead"]
+    assert complexity(tiny("EDSR", "daq", calibrated=False), (6, 10)).overhead == places * (7 + 7)
+    static = complexity(tiny("EDSR", "minmax", weight_bits=4, act_bits=4), (6, 10))
+    assert (static.overhead, static.bitops) == (0, report.bitops)
+
+
 @pytest.mark.parametrize("backbone", list_backbones())
 def test_first_and_last_layers_at_bits_of_their_own_are_not_in_fab(tiny, backbone: str) -> None:
     report = complexity(tiny(backbone, "minmax", placement="full", weight_bits=3, act_bits=3), (6, 10))

@@ -56,6 +56,12 @@ def test_summary_states_convention_size_and_scores(tiny) -> None:
     assert "4 of 8 layers" in text
 
 
+def test_summary_names_what_is_computed_at_run_time_where_there_is_any(tiny) -> None:
+    texts = [text_of(summary_table(complexity(tiny("EDSR", method), (6, 10)))) for method in ("daq", "minmax")]
+    assert "Ranges found at run time" in texts[0] and "12.48 k float operations" in texts[0]
+    assert "run time" not in texts[1]
+
+
 def test_results_are_compared_in_one_table(tiny) -> None:
     networks = {"float": tiny("EDSR"), "4 bits": tiny("EDSR", "pams", weight_bits=4, act_bits=4)}
     reports = {label: complexity(net, (6, 10)) for label, net in networks.items()}

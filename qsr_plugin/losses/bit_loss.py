@@ -1,0 +1,35 @@
+"""Bit regularization: what a network pays for bits beyond its target (Hong and Lee, CVPR 2024, AdaBM, Sec. 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor
+
+from qsr_plugin.losses.context import StepContext, StepLoss
+
+
+@LOSS_REGISTRY.register()
+class BitLoss(StepLoss):
+    """``loss_weight * max(b - target_bits, 0)`` with ``b`` the mean bit width of a batch.
+
+    The mean runs over the places whose bits a policy chooses, then over the images; places of fixed bits do not count.
+    Without such places the loss is 0.
+
+    Args:
+        target_bits: Bit width above which bits cost. A recipe refuses one below its smallest candidate, which no
+            network could reach.
+        loss_weight: Factor. The published 50 goes with losses of pixels in 0..255; with pixels in 0..1 the same balance
+            is 50 / 255.
+    """
+
+    def __init__(self, target_bits: float, loss_weight: float = 50 / 255) -> None:
+        super().__init__()
+        self.target_bits, self.loss_weight = target_bits, loss_weight
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The weighted loss of one training step."""
+        chosen = [bits.to(step.output.dtype) for bits in step.record.bits.values() if isinstance(bits, Tensor)]
+        if not chosen:
+            return step.output.new_zeros(())
+        return self.loss_weight * (torch.stack(chosen).mean() - self.target_bits).clamp_min(0.0)

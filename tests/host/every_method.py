@@ -1,0 +1,106 @@
+"""Short runs of any shipped recipe in the host's model; also a script for several processes: ``every_method.py DATA``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsr_plugin import compat
+from qsr_plugin.quant.recipe import list_methods, load_recipe
+from tests.host import harness
+
+compat.import_host()
+
+from basicsr.models import build_model  # noqa: E402
+from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
+
+BACKBONES = {
+    "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 4, "upscale": 4, "img_range": 255.0},
+    "SRResNet": {"type": "SRResNet_qsr", "num_feat": 8, "num_block": 4, "upscale": 4},
+}
+#: Iterations of every stage but the last.
+STAGE = 2
+
+
+def short_recipe(method: str) -> dict[str, Any]:
+    """A shipped recipe with stages of a few iterations and a small calibration."""
+    recipe = load_recipe(method, weight_bits=3, act_bits=3).to_dict()
+    recipe["calibration"] = {"images": 4, "batch": 2}
+    for stage in recipe["stages"]:
+        if "iters" in stage:
+            stage["iters"] = STAGE
+    return recipe
+
+
+def options(data: Path, root: Path, method: str, backbone: str, **changes: Any) -> dict[str, Any]:
+    """Options as the host's parser leaves them, with float weights that are the same in every call."""
+    opt = harness.options(data, train={"ema_decay": 0.9})
+    kind = BACKBONES[backbone]
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        weights = root / f"{backbone}{changes.get('rank', 0)}.pth"
+        torch.save({"params": build_backbone({"num_in_ch": 3, "num_out_ch": 3, **kind}).state_dict()}, weights)
+    opt["network_g"] = {
+        "type": "QuantNet",
+        "backbone": {"num_in_ch": 3, "num_out_ch": 3, **kind},
+        "recipe": short_recipe(method),
+    }
+    opt.update(is_train=True, dist=False, rank=0, world_size=1, auto_resume=False, root_path=str(root))
+    for phase, dataset in opt["datasets"].items():
+        dataset.update(phase=phase, scale=4)
+    opt["path"] = {
+        "pretrain_network_float": str(weights),
+        "models": str(root / "models"),
+        "training_states": str(root / "states"),
+        "visualization": str(root),
+    }
+    return {**opt, **changes}
+
+
+def batch(iteration: int, rank: int = 0) -> dict[str, Any]:
+    """Two image pairs that depend on iteration and process only."""
+    generator = torch.Generator().manual_seed(100 * rank + iteration)
+    lq, gt = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
+    return {"lq": lq, "gt": gt, "lq_path": ["a.png", "b.png"], "gt_path": ["a.png", "b.png"]}
+
+
+def iterate(model: Any, iterations: range, rank: int = 0) -> None:
+    """Training steps as the host's loop takes them."""
+    for iteration in iterations:
+        model.update_learning_rate(iteration)
+        model.feed_data(batch(iteration, rank))
+        model.optimize_parameters(iteration)
+
+
+def main() -> None:
+    """Run every recipe on this process and fail if it does not end up with the same network as the first one."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    root = Path.cwd()
+    for method in list_methods():
+        changes = {"dist": True, "rank": rank, "world_size": world}
+        model = build_model(options(Path(sys.argv[1]), root, method, "SRResNet", **changes))
+        for iteration in range(1, 3 * STAGE + 2):
+            iterate(model, range(iteration, iteration + 1), rank)
+            trained = [p for p in model.net.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in trained), f"{method}: a parameter got no gradient"
+            state = torch.cat([value.detach().double().flatten() for value in model.net.state_dict().values()])
+            first = state.clone()
+            dist.broadcast(first, src=0)
+            assert bool(torch.isfinite(state).all()), f"{method}: not finite at iteration {iteration}"
+            names = [key for key, value in model.net.state_dict().items() for _ in range(value.numel())]
+            apart = sorted({name for name, same in zip(names, (first == state).tolist()) if not same})
+            # Batch norm statistics are those of each process, as in the host.
+            apart = [name for name in apart if "running_" not in name]
+            assert not apart, f"{method}: processes differ at iteration {iteration}: {apart[:5]}"
+        print(f"same on {world} processes: {method}", flush=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
