@@ -113,8 +113,8 @@ def main(
 
     Stages keep their share of the published run (at least 10 iterations each); learning rates of activation ranges are
     multiplied by published / given iterations (at most a quarter of the pixel range per run), and divided by 255 for
-    networks on pixels in 0..1; everything else is as published, with the same optimiser and decay for all. Called again,
-    it trains only what has no result yet.
+    networks on pixels in 0..1; everything else is as published, with the same optimiser and decay for all. Called
+    again, it trains only what has no result yet.
     """
     try:
         compat.import_host()

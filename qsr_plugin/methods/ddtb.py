@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qsr_plugin.methods.ddtb_gate import GATE_LOGITS, BoundsObserver, Gate, apart, rescale
 from qsr_plugin.quant.observers import Observer, minmax, percentile
-from qsr_plugin.quant.ops import fake_quantize, int_limits
+from qsr_plugin.quant.ops import at_bits, fake_quantize, int_limits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 from qsr_plugin.quant.record import current_record
 from qsr_plugin.quant.reduce import mean_over_ranks
@@ -191,14 +191,8 @@ class DDTBQuantizer(Quantizer):
     def _select(self, bits: int | Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         if self.lower.dim() == 0:
             return self.lower, self.upper, bits
-        if not isinstance(bits, Tensor):
-            if bits not in self.candidates:
-                raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
-            index = self.candidates.index(bits)
-        else:  # bits that carry a gradient are floats, and may be a rounding error beside their candidate
-            table = torch.tensor(self.candidates, device=bits.device)
-            index = torch.searchsorted(table, bits.detach().round().long())
-        return self.lower[index], self.upper[index], bits
+        self.check_candidate(bits)
+        return *(at_bits(bound, self.candidates, bits) for bound in (self.lower, self.upper)), bits
 
     @classmethod
     def settle(cls, parts: Sequence[DDTBQuantizer]) -> None:

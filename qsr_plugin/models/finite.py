@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsr_plugin.quant.quantizer import Quantizer
 
@@ -34,10 +35,12 @@ def refuse_non_finite(
         first = next(name for name, norm in zip(gradients, norms) if not bool(torch.isfinite(norm)))
         bad = [f"the gradient of {first}"]
     if bad:
+        normed = any(isinstance(module, _BatchNorm) and module.training for module in net.modules())
+        hint = " In the recipe's stages, freeze_batch_norm: true helps where few bits leave channels empty."
         raise FloatingPointError(
             f"{where}: {', '.join(bad)} is not finite; first bad place: {first_non_finite(net, lq, gt, paths)}. "
             "No weight was changed by this step, earlier checkpoints are kept. Lower the learning rates, add "
-            "warmup_iter, or check the data."
+            f"warmup_iter, or check the data.{hint if normed else ''}"
         )
 
 

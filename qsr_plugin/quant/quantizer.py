@@ -245,10 +245,15 @@ class Quantizer(nn.Module):
 
     def select(self, values: Tensor, bits: int | Tensor, x: Tensor) -> tuple[Tensor, int | Tensor]:
         """Range of the bit widths (``values`` is 0-d, or has one number per candidate) and the widths, to broadcast."""
-        if values.dim() and isinstance(bits, int) and bits not in self.candidates:
-            raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
-        values = at_bits(values, self.candidates, bits) if values.dim() else values
+        if values.dim():
+            self.check_candidate(bits)
+            values = at_bits(values, self.candidates, bits)
         return self.expand(values, x), self.expand(bits, x)
+
+    def check_candidate(self, bits: int | Tensor) -> None:
+        """Refuse a bit width there is no range for; those in a tensor are not looked at."""
+        if isinstance(bits, int) and bits not in self.candidates:
+            raise ValueError(f"{self.site}: {bits} bits are not among its candidates {list(self.candidates)}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -290,7 +295,3 @@ def quantizer_class(name: str) -> type[Quantizer]:
     if name not in QUANTIZERS:
         raise ValueError(f"unknown quantizer '{name}'. {suggest(name, QUANTIZERS)}")
     return QUANTIZERS[name]
-
-
-__all__ = ["Bits", "NotCalibratedError", "QParams", "QUANTIZERS", "Quantizer", "StrictOptions"]
-__all__ += ["quantizer_class", "register_quantizer"]

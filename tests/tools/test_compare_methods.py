@@ -59,8 +59,11 @@ def test_options_of_a_training(settings: Settings) -> None:
     recipe = options["network_g"]["recipe"]
     assert recipe["bits"] == {"weight": 2, "act": 3} and options["network_g"]["backbone"]["num_feat"] == 8
     assert [stage.get("iters") for stage in recipe["stages"]] == [10, None]
-    # 30000 published iterations, features of a network on 0..255.
-    assert recipe["stages"][0]["lr"]["ranges"] == pytest.approx(1e-2 * 30000 / 24)
+    # 30000 published iterations are so many more that ranges get the most: a quarter of the pixel range in all.
+    assert recipe["stages"][0]["lr"]["ranges"] == pytest.approx(255 / 4 / 24)
+    assert not recipe["stages"][0]["freeze_batch_norm"]
+    frozen = training_options(replace(settings, freeze_batch_norm=True), "pams", "W2A3")["network_g"]["recipe"]
+    assert all(stage["freeze_batch_norm"] for stage in frozen["stages"])
     assert recipe["losses"] == load_recipe("pams").to_dict()["losses"]
     assert options["train"]["total_iter"] == 24 and options["train"]["scheduler"]["milestones"] == [12, 18]
     train = options["datasets"]["train"]
