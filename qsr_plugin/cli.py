@@ -17,7 +17,7 @@ from rich.table import Table
 
 from qsr_plugin import compat
 from qsr_plugin.data.cli import app as data_app
-from qsr_plugin.errors import UserError, suggest
+from qsr_plugin.errors import UserError
 
 app = typer.Typer(help="Quantized image super-resolution for BasicSR.", no_args_is_help=True, add_completion=False)
 app.add_typer(data_app, name="data")
@@ -67,17 +67,18 @@ def quantize(
     from qsr_plugin import calibrate, complexity, load_recipe, quantize_model, save_quantized
     from qsr_plugin.checkpoint import check_quantized_path
     from qsr_plugin.data.calibration_set import crops_from_folder
+    from qsr_plugin.options_file import backbone_options, parse_bits, scale_of
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import results_table, summary_table, write_json
 
-    weight_bits, act_bits = _parse_bits(bits)
+    weight_bits, act_bits = parse_bits(bits)
     changes = {"placement": placement} if placement else {}
     recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **changes)
     if (images is None) == (photos is None):
         raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
     check_quantized_path(out)
-    backbone = _backbone(arch)
-    scale = _scale(backbone)
+    backbone = backbone_options(arch)
+    scale = scale_of(backbone)
     float_net = _float_network(backbone, weights)
     net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
@@ -112,6 +113,7 @@ def report(
     """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR and SSIM."""
     compat.import_host()
     from qsr_plugin import complexity, load_quantized, set_depth, slim
+    from qsr_plugin.options_file import scale_of
     from qsr_plugin.quant.depth import trained_depths
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import depth_table, site_table, summary_table, write_json
@@ -131,7 +133,7 @@ def report(
     by_depth = [complexity(slim(net, blocks), counted_at, convention=convention) for blocks in depths]
     scores = {}
     if test is not None:
-        scale = _scale(net.backbone_options)
+        scale = scale_of(net.backbone_options)
         scores[test[0].parent.name or "test"] = evaluate(net, *test, scale, progress=lambda p: track(p, "testing"))
     if sites:
         console.print(site_table(costs))
@@ -176,45 +178,6 @@ def list_all() -> None:
     console.print(table)
 
 
-def _scale(backbone: dict[str, Any]) -> int:
-    """Up-sampling factor in a backbone's options."""
-    from qsr_plugin.options_file import OptionsError
-
-    scale = backbone.get("upscale", backbone.get("scale"))
-    if not isinstance(scale, int):
-        raise OptionsError(f"the options of {backbone.get('type')} name no scale: add upscale")
-    return scale
-
-
-def _parse_bits(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"[wW](\d+)[aA](\d+)", text)
-    if not found:
-        raise typer.BadParameter(f"--bits is '{text}'; expected weight and activation bits, e.g. W4A4 or W8A8")
-    return int(found[1]), int(found[2])
-
-
-def _options_of(arch: str) -> dict[str, Any]:
-    """All options of a YAML file, or of a shipped backbone by name."""
-    from qsr_plugin.options_file import OptionsError, assemble, options_folder
-
-    path = Path(arch)
-    if path.suffix not in (".yml", ".yaml"):
-        folder = options_folder() / "backbones"
-        path = folder / f"{arch}.yml"
-        if not path.is_file():
-            names = sorted(path.stem for path in folder.glob("*.yml"))
-            raise OptionsError(f"unknown backbone '{arch}'. {suggest(arch, names)} Or give a .yml file.")
-    options = assemble(path)
-    if not options.get("network_g"):
-        raise OptionsError(f"{arch} has no network_g block")
-    return options
-
-
-def _backbone(arch: str) -> dict[str, Any]:
-    network = _options_of(arch)["network_g"]
-    return network["backbone"] if network.get("type") == "QuantNet" else network
-
-
 def _float_network(backbone: dict[str, Any], weights: Path) -> Any:
     from qsr_plugin.archs.quant_net_arch import build_backbone
     from qsr_plugin.checkpoint import load_float_weights
@@ -227,10 +190,11 @@ def _float_network(backbone: dict[str, Any], weights: Path) -> Any:
 def _network_of_file(path: Path) -> Any:
     """The network of an option file: quantized if there is a recipe, else its float backbone."""
     from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
+    from qsr_plugin.options_file import arch_options, backbone_options
 
-    options = _options_of(str(path))
+    options = arch_options(str(path))
     recipe = options.get("recipe", options["network_g"].get("recipe"))
-    backbone = _backbone(str(path))
+    backbone = backbone_options(str(path))
     return build_backbone(backbone) if recipe is None else QuantNet(backbone, recipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -121,6 +122,53 @@ def _force(options: dict[str, Any], entry: str) -> None:
         known = place if isinstance(place, dict) else options
         raise OptionsError(f"--force_yml {entry}: no option '{keys.strip()}'. {suggest(last, known)}")
     place[last] = yaml.safe_load(text)
+
+
+def arch_options(arch: str) -> dict[str, Any]:
+    """All options of a YAML file with a ``network_g`` block, or of a shipped backbone by name.
+
+    Raises:
+        OptionsError: If there is no such backbone, or the file says nothing about a network.
+    """
+    path = Path(arch)
+    if path.suffix not in (".yml", ".yaml"):
+        path = options_folder() / "backbones" / f"{arch}.yml"
+        if not path.is_file():
+            names = [shipped.stem for shipped in path.parent.glob("*.yml")]
+            raise OptionsError(f"unknown backbone '{arch}'. {suggest(arch, names)} Or give a .yml file.")
+    options = assemble(path)
+    if not options.get("network_g"):
+        raise OptionsError(f"{arch} has no network_g block")
+    return options
+
+
+def backbone_options(arch: str) -> dict[str, Any]:
+    """Type and arguments of a float network, from what :func:`arch_options` takes."""
+    network = arch_options(arch)["network_g"]
+    return network["backbone"] if network.get("type") == "QuantNet" else network
+
+
+def scale_of(backbone: Mapping[str, Any]) -> int:
+    """Up-sampling factor in a backbone's options.
+
+    Raises:
+        OptionsError: If they name none.
+    """
+    scale = backbone.get("upscale", backbone.get("scale"))
+    if not isinstance(scale, int):
+        raise OptionsError(f"the options of {backbone.get('type')} name no scale: add upscale")
+    return scale
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """``W4A4`` as (4, 4): bits of weights and of activations.
+
+    Raises:
+        OptionsError: For anything else.
+    """
+    if not (found := re.fullmatch(r"[wW](\d+)[aA](\d+)", text)):
+        raise OptionsError(f"bits are '{text}'; expected weight and activation bits, e.g. W4A4 or W8A8")
+    return int(found[1]), int(found[2])
 
 
 def write_options(options: Mapping[str, Any], path: Path) -> None:

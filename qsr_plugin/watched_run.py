@@ -18,7 +18,7 @@ from qsr_plugin.options_file import write_options
 
 _TAIL = 15  # lines of a failed training's log to show
 
-_ITERATION = re.compile(r"iter:\s*([\d,]+), lr:.*?(?:time \(data\): ([\d.]+) .*?)?l_pix: (\S+)")
+_ITERATION = re.compile(r"iter:\s*([\d,]+), lr:.*?l_pix: (\S+)")
 _SCORE = re.compile(r"# psnr: (\S+)")
 
 
@@ -41,13 +41,11 @@ class Step:
     Attributes:
         iteration: Iterations done; ``None`` on a line that tells a score.
         loss: Pixel loss of that iteration, pixels in [0, 1]; ``None`` on a line that tells a score.
-        seconds: Mean time of an iteration so far, as the host measures it; validation is not part of it.
         psnr: Score on the validation images in dB; ``None`` on a line that tells an iteration.
     """
 
     iteration: int | None = None
     loss: float | None = None
-    seconds: float | None = None
     psnr: float | None = None
 
 
@@ -96,8 +94,7 @@ def train(options: dict[str, Any], folder: Path, watch: Callable[[Step], None]) 
 def read_line(line: str) -> Step | None:
     """What a line of the training's log says, or ``None`` if it tells neither an iteration nor a score."""
     if found := _ITERATION.search(line):
-        seconds = float(found[2]) if found[2] else None
-        return Step(iteration=int(found[1].replace(",", "")), loss=float(found[3]), seconds=seconds)
+        return Step(iteration=int(found[1].replace(",", "")), loss=float(found[2]))
     if found := _SCORE.search(line):
         return Step(psnr=float(found[1]))
     return None

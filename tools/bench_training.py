@@ -93,7 +93,8 @@ def main(
     try:
         compat.import_host()
         from qsr_plugin.models import step_cost
-        from qsr_plugin.report.comparison_options import backbone_options, parse_bits, static_methods
+        from qsr_plugin.options_file import backbone_options, parse_bits
+        from qsr_plugin.report.comparison_options import static_methods
 
         work = step_cost.Workload(backbone_options(backbone), batch, size, groups, threads)
         names = methods.split(",") if methods else static_methods()

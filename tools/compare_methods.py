@@ -15,8 +15,7 @@ How a published run becomes a short one, the same for all methods:
 * Stages keep their share of the run: published length x iterations / published total, at least 10 iterations. The total
   is that of the method's option files for the backbone in options/train, else of any of its, else of qat.yml.
 * Learning rates of activation ranges x published total / iterations: with Adam they then can travel as far as in the
-  published run; but no further than a quarter of the pixel range. Divided by 255 for networks that compute on pixels in
-  0..1, because published ones are for 0..255.
+  published run; but no further than the median width of the ranges of the float network's activations, measured once.
 * All other learning rates and the losses are as published; --lr sets that of the weights.
 * Optimiser, batch, crops and decay (halved after the shares --milestones) are the same for all.
 """
@@ -112,9 +111,9 @@ def main(
     """Train every static method from the same float network with the same data, length and seed, and compare them.
 
     Stages keep their share of the published run (at least 10 iterations each); learning rates of activation ranges are
-    multiplied by published / given iterations (at most a quarter of the pixel range per run), and divided by 255 for
-    networks on pixels in 0..1; everything else is as published, with the same optimiser and decay for all. Called
-    again, it trains only what has no result yet.
+    multiplied by published / given iterations, but take ranges no further in the run than their median width in the
+    float network; everything else is as published, with the same optimiser and decay for all. Called again, it trains
+    only what has no result yet.
     """
     try:
         compat.import_host()
@@ -130,6 +129,7 @@ def main(
         )  # fmt: skip
         names = methods.split(",") if methods else comparison_options.static_methods()
         jobs = [(name, width) for width in bits.split(",") for name in names]
+        comparison_options.check_jobs(jobs)
         heading = f"{Path(backbone).stem}, {iters} iterations of batch {batch}, placement {placement}"
         rows = compare(comparison_runs, settings, jobs, out, heading)
     except (UserError, ValueError) as error:
@@ -142,11 +142,9 @@ def main(
 def compare(runs, settings, jobs: list[tuple[str, str]], out: Path, heading: str) -> list[Row]:
     """Do what has no result yet; the rows in the order of the jobs, the float network first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kept = {job: runs.kept_rows(settings, runs.result_path(out, *job)) for job in jobs}
-    reference = runs.kept_rows(settings, out / "results" / "float.json")
-    if reference is None:
-        reference = [runs.float_row(settings, device)]
-        runs.save_rows(reference, settings, out / "results" / "float.json")
+    reference, span = runs.reference(settings, out, device)
+    kept = {job: runs.kept_method(settings, *job, span, out) for job in jobs}
+    shared = {**settings.to_dict(), "span": span}
     todo = [job for job, rows in kept.items() if rows is None]
     if todo:
         with progress(len(todo), settings.iters) as (bar, task):
@@ -157,15 +155,13 @@ def compare(runs, settings, jobs: list[tuple[str, str]], out: Path, heading: str
                     if step.iteration is not None:
                         bar.update(task, completed=before + step.iteration)
 
-                rows = runs.run_method(settings, method, width, out, device, watch)
-                if not rows[0].failed:
-                    runs.save_rows(rows, settings, runs.result_path(out, method, width))
+                rows = runs.run_method(settings, method, width, span, out, device, watch)
                 kept[method, width] = rows
                 bar.update(task, completed=(number + 1) * settings.iters)
                 bar.console.print(told(rows[0]), markup=False, soft_wrap=True)
-                write_report(ordered(reference, kept), settings.to_dict(), out, heading)
+                write_report(ordered(reference, kept), shared, out, heading)
     rows = ordered(reference, kept)
-    write_report(rows, settings.to_dict(), out, heading)
+    write_report(rows, shared, out, heading)
     return rows
 
 

@@ -35,11 +35,11 @@ class CalibrationLoss(StepLoss):
         """The weighted loss of one training step.
 
         Raises:
-            RuntimeError: If the record holds no pairs.
+            RuntimeError: If the record did not keep pairs.
         """
-        if not step.record.pairs:
+        if not step.record.keep_pairs:
             raise RuntimeError("CalibrationLoss: no quantized tensor was recorded: set net.keep_pairs = True first")
-        return self.error(step.record.pairs.values())
+        return self.error(step.record.pairs.values()) if step.record.pairs else step.output.new_zeros(())
 
     def error(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """The weighted loss of ``(tensor, quantized tensor)`` pairs of any shapes, a 0-d tensor."""

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from qsr_plugin.quant.schema import Cooperative
 
-#: Below this norm a gradient has no direction: its cosine with anything counts as 0.
-NO_DIRECTION = 1e-12
-
 
 def combine(
     names: Sequence[str],
@@ -62,8 +59,8 @@ def similarity(pairs: Sequence[tuple[Tensor, Tensor]], form: str = "half_cosine"
         for group in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
     )
     norms = first.sqrt() * second.sqrt()
-    directed = (first.sqrt() >= NO_DIRECTION) & (second.sqrt() >= NO_DIRECTION)
-    cosine = torch.where(directed, dot / norms, torch.zeros_like(dot)).clamp(-1.0, 1.0)
+    # A gradient of zero has no direction; its cosine with anything counts as 0.
+    cosine = torch.where(norms > 0, dot / norms, torch.zeros_like(dot)).clamp(-1.0, 1.0)
     if form == "cosine":
         return cosine
     return (cosine > 0).to(cosine.dtype) if form == "unit_step" else (cosine + 1.0) * 0.5

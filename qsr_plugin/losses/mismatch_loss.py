@@ -53,20 +53,19 @@ class MismatchLoss(StepLoss):
     def forward(self, step: StepContext) -> Tensor:
         """The weighted loss of one training step."""
         pairs = [pair for place, pair in step.record.pairs.items() if not place.endswith(".weight")]
-        return self.loss_weight * self.distance(pairs)
+        if not pairs:  # activations are float
+            return step.output.new_zeros(())
+        pixels = step.record.pixels * world_size()
+        scale = 1.0 if self.reference_pixels is None else math.sqrt(self.reference_pixels / pixels)
+        return self.loss_weight * scale * self.distance(pairs)
 
     def distance(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Sum of the distances of ``(tensor, quantized tensor)`` pairs, a 0-d tensor."""
-        squares, factors = [], []
-        for x, quantized in pairs:
-            squares.append(_SquaredDistance.apply(x, quantized.detach() if self.gradient == "detach" else quantized))
-            pixels = x.numel() // x.shape[1 if x.dim() == 4 else -1] * world_size()
-            factors.append(1.0 if self.reference_pixels is None else math.sqrt(self.reference_pixels / pixels))
-        local = torch.stack(squares)
+        detach = self.gradient == "detach"
+        local = torch.stack([_SquaredDistance.apply(x, q.detach() if detach else q) for x, q in pairs])
         joint = local + (sum_over_ranks(local.detach()) - local.detach())
-        distances = joint.add(1e-12).sqrt() * torch.tensor(factors, device=local.device)
         # Gradients of the processes are averaged, but each has its own elements of the joint norm: they must add up.
-        return grad_scale(distances.sum(), world_size())
+        return grad_scale(joint.add(1e-12).sqrt().sum(), world_size())
 
 
 class _SquaredDistance(torch.autograd.Function):

@@ -170,7 +170,8 @@ class DAQQuantizer(Quantizer):
 
         Signed: mean 1, variance 3 (subtract, square, add), removal of the mean 1, and 2 to give step and mean back.
         ReLU: count 2, sum 1, sum of squares 2, and 1 to give the step back, which belongs to an input channel and so
-        cannot wait until after the convolution. What is done once per channel is left out.
+        cannot wait until after the convolution. What is done once per channel is left out. Where calibration chooses
+        the formula, the figure is that of the signed one until it has.
         """
         return (6 if self._rectified else 7) * numel
 

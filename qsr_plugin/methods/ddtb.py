@@ -41,6 +41,10 @@ _NO_VARIATION = (
     "the extremes of all %d places (first: %s) are the same in all calibration batches, so none gets a gated range: "
     "calibrate on two batches or more (recipe.calibration: images, batch)"
 )
+_GATES_OFF = (
+    "calibrating again chose anew which ranges are gated, and switched all gates off: train from the recipe's first "
+    "stage on, or load a trained checkpoint"
+)
 
 
 def _grid(lower: Tensor, upper: Tensor, bits: int | Tensor, clamp_codes: bool) -> tuple:
@@ -196,7 +200,13 @@ class DDTBQuantizer(Quantizer):
 
     @classmethod
     def settle(cls, parts: Sequence[DDTBQuantizer]) -> None:
-        """Make those places dynamic whose extremes varied most; the same ones in all processes of a distributed run."""
+        """Make those places dynamic whose extremes varied most; the same ones in all processes of a distributed run.
+
+        Calibrating again starts over: gates that took part are switched off, because others may be dynamic now and
+        untrained. Gated stages switch them on again.
+        """
+        if any(part._dynamic and part._gate_on for part in parts):
+            logger.warning(_GATES_OFF)
         scores = torch.tensor([part._score for part in parts], device=parts[0].lower.device)
         for part, score in zip(parts, mean_over_ranks(scores).tolist()):
             part._score = score
@@ -210,6 +220,7 @@ class DDTBQuantizer(Quantizer):
                 logger.warning(_NO_VARIATION, len(peers), peers[0].site)
         for part in parts:
             part.dynamic.fill_(id(part) in chosen)
+            part.gate_on.fill_(False)
             part._take_flags()
         logger.info("%d of %d places get a gated range", len(chosen), len(parts))
 
@@ -276,6 +287,10 @@ class DDTBQuantizer(Quantizer):
     def range_parameters(self) -> list[nn.Parameter]:
         """The bounds."""
         return [self.lower, self.upper]
+
+    def overhead_ops(self, numel: int) -> int:
+        """The channel means that a gate in use reads: one addition per element. The gate itself is left out."""
+        return numel if self._dynamic and self._gate_on else 0
 
     def extra_storage_bits(self) -> int:
         """32 per bound, and the gate where it takes part."""

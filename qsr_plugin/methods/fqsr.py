@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qsr_plugin.quant.observers import Observer, Range, minmax
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
-from qsr_plugin.quant.reduce import mean_over_ranks
+from qsr_plugin.quant.reduce import max_over_ranks
 
 
 def _magnitude(x: Tensor) -> Range:
@@ -75,9 +75,9 @@ class FQSRQuantizer(Quantizer):
         return fake_quantize(x, 2.0 * c, steps, limits, bounds=(-c, c), shift=steps / 2.0)
 
     def track(self, x: Tensor, momentum: float | str) -> Tensor:
-        """Take ``max|x|`` into the mean over all tracked calls, joined over processes; returns ``x`` itself."""
+        """Take ``max|x|`` of the joint batch of all processes into the mean over all calls; returns ``x`` itself."""
         with torch.no_grad():
-            latest = mean_over_ranks(_magnitude(x)[1])
+            latest = max_over_ranks(_magnitude(x)[1])
             self.tracked.add_(1)
             self.interval.lerp_(latest.expand_as(self.interval), 1.0 / self.tracked.to(latest.dtype))
             self.project()

@@ -14,7 +14,7 @@ from qsr_plugin.methods.pams import MaxAbsQuantizer
 from qsr_plugin.quant.observers import Momentum, Observer, Range, minmax
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits, per_sample
 from qsr_plugin.quant.quantizer import QParams, Quantizer, Role, StrictOptions, register_quantizer
-from qsr_plugin.quant.reduce import mean_over_ranks
+from qsr_plugin.quant.reduce import max_over_ranks
 from qsr_plugin.quant.step_quantizer import SignedByData, StepQuantizer
 
 
@@ -23,6 +23,7 @@ class LinQQuantizer(MaxAbsQuantizer):
     """The grid of :class:`MaxAbsQuantizer` for activations as well: symmetric, ``2^b - 1`` levels, nothing clipped.
 
     The range is taken over the whole batch as published, so an image's result depends on those it shares a batch with.
+    In a step of a distributed training the batch is that of all processes, at the price of one small message per place.
     """
 
     class Options(StrictOptions):
@@ -39,7 +40,10 @@ class LinQQuantizer(MaxAbsQuantizer):
     def largest(self, x: Tensor) -> Tensor:
         """``max|x| + 1e-8``, detached; of each sample if so asked."""
         if self.role == "weight" or not self.options.per_sample:
-            return super().largest(x)
+            largest = super().largest(x)
+            # Without a gradient a process may be alone, looking for the place where numbers went bad.
+            alone = self.role == "weight" or not (self.training and torch.is_grad_enabled())
+            return largest if alone else max_over_ranks(largest)
         low, high = torch.aminmax(x.detach().float().flatten(1), dim=1)
         return per_sample(torch.maximum(high, -low) + 1e-8, x)
 
@@ -48,7 +52,7 @@ class LinQQuantizer(MaxAbsQuantizer):
         return super().extra_storage_bits() if self.role == "weight" else 0
 
     def overhead_ops(self, numel: int) -> int:
-        """The search for the extremes of an activation: two comparisons per element."""
+        """The search for the largest magnitude of an activation: an absolute value and a comparison per element."""
         return 0 if self.role == "weight" else 2 * numel
 
 
@@ -96,12 +100,12 @@ class AffineQuantizer(Quantizer):
         return span, steps, torch.round(-self.low * steps / span)
 
     def track(self, x: Tensor, momentum: float) -> Tensor:
-        """Move the range by this batch, then quantize."""
+        """Move the range by this batch, joined over processes, then quantize."""
         with torch.no_grad():
-            # A range that was never set has no past; the weight is a tensor so that no device has to be asked.
-            past = momentum * self.calibrated.float()
-            old, new = torch.stack((self.low, self.high)), mean_over_ranks(torch.stack(_minmax_with_zero(x)))
-            self.set_range(*(past * old + (1.0 - past) * new))
+            low, high = _minmax_with_zero(x)
+            latest = max_over_ranks(torch.stack((-low, high)))
+            low, high = self.moving_average(torch.stack((-self.low, self.high)), latest, momentum)
+            self.set_range(-low, high)
             self.mark_calibrated()
         return self.quantize(x, max(self.candidates))
 
@@ -186,12 +190,17 @@ class DoReFaQuantizer(SignedByData):
         return 32
 
 
+#: The published form divides by no less: the gradient of weights that are all zero is one over it.
+LEAST_NORMALISER = 1e-3
+
+
 @register_quantizer("dorefa_weight")
 class DoReFaWeightQuantizer(Quantizer):
     """``w_q = m (2 k(t / (2 max|t|) + 1/2; b) - 1)`` with ``t = tanh(w)``: 2^b levels from -m to m, none at zero.
 
     ``max|t|`` is not detached, so the largest element also gets the gradient of the normaliser. Published with m = 1,
-    which loses the size of the weights; by default m is max|w|, detached.
+    which loses the size of the weights; by default m is max|w|, detached. The published form takes ``max|t|`` as 0.001
+    at least.
     """
 
     class Options(StrictOptions):
@@ -209,7 +218,8 @@ class DoReFaWeightQuantizer(Quantizer):
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize a weight of any shape."""
         squashed = (x if x.dtype in (torch.float32, torch.float64) else x.float()).tanh()
-        unit = squashed / squashed.abs().amax().clamp_min(TINY_RANGE)
+        least = TINY_RANGE if self.options.rescale else LEAST_NORMALISER
+        unit = squashed / squashed.abs().amax().clamp_min(least)
         _, steps = int_limits(bits, signed=False)
         one = unit.new_ones(())
         return (fake_quantize(unit, 2.0 * one, steps, anchor=-one) * self._magnitude(x)).to(x.dtype)

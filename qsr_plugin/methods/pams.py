@@ -90,9 +90,7 @@ class PAMSQuantizer(Quantizer):
         """Set alpha from this batch, then quantize without clipping."""
         with torch.no_grad():
             latest = mean_over_ranks(x.detach().float().abs().flatten(1).amax(1).mean())
-            # A range that was never set has no past; the weight is a tensor so that no device has to be asked.
-            past = momentum * self.calibrated.float()
-            self.set_range(-latest, past * self.observed_max + (1.0 - past) * latest)
+            self.set_range(-latest, self.moving_average(self.observed_max, latest, momentum))
             self.mark_calibrated()
         alpha, bits = self.select(self.alpha, max(self.candidates), x)
         _, qmax = int_limits(bits, narrow=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsr_plugin.quant.quantizer import Role, register_quantizer
+from qsr_plugin.quant.reduce import world_size
 from qsr_plugin.quant.step_quantizer import StepQuantizer
 
 #: Steepness of the soft staircase: tanh(f - 1/2) / tanh(1/2) in the released code, tanh(2f - 1) / tanh(1) as printed.
@@ -24,7 +25,8 @@ class RLQQuantizer(StepQuantizer):
     """``x_q = round(clip((x + tau_c) / s, Q_n, Q_p)) s``; weights have no shift and are always signed.
 
     With v = (x + tau)/s, ``d x_q / d x = d x_q / d tau = R'(v)`` inside (a value on a bound counts as inside) and 0
-    outside. The gradient scale of the step counts every element of the tensor, those of all images of a batch included.
+    outside. The gradient scale of the step counts every element of the tensor: for activations those of all images of a
+    batch, joined over the processes of a distributed run.
     Signed or unsigned is decided by the calibration, on x + tau, and stays: if the shift of an unsigned place later
     turns values negative, they are clipped.
     """
@@ -54,14 +56,16 @@ class RLQQuantizer(StepQuantizer):
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Fake-quantize a weight, or an activation (N, C, H, W) or (N, L, C)."""
-        return self.quantize_steps(self._shifted(x), bits, x.numel(), self._steepness).to(x.dtype)
+        count = x.numel() * (world_size() if self.role == "act" else 1)
+        return self.quantize_steps(self.on_grid(x), bits, count, self._steepness).to(x.dtype)
 
     def observe(self, x: Tensor) -> None:
         """Take ``x + tau`` into account if a calibration is going on."""
         if self._observer is not None:
-            super().observe(self._shifted(x))
+            super().observe(self.on_grid(x))
 
-    def _shifted(self, x: Tensor) -> Tensor:
+    def on_grid(self, x: Tensor) -> Tensor:
+        """``x + tau``; a weight as it is."""
         if self.tau is None:
             return x
         shape = [1] * x.dim()

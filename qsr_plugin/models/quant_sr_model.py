@@ -6,7 +6,6 @@ losses on features and bits, EMA that carries buffers, checkpoints that survive 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from typing import Any
@@ -18,18 +17,17 @@ from torch import nn
 
 from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
-from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.losses.build import build_step_losses
 from qsr_plugin.losses.context import StepContext
 from qsr_plugin.models import steps
 from qsr_plugin.models.finite import refuse_non_finite
+from qsr_plugin.models.loading import Loading
 from qsr_plugin.models.range_log import RangeStatistics, range_statistics
-from qsr_plugin.models.run_state import RunState, changed_keys
+from qsr_plugin.models.run_state import RunState
 from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups
 from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
-from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.depth import rank_blocks
+from qsr_plugin.quant.depth import rank_blocks, set_depth
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers, tap
@@ -38,7 +36,7 @@ logger = logging.getLogger("basicsr")
 
 
 @MODEL_REGISTRY.register()
-class QuantSRModel(RunState, Validation, SRModel):
+class QuantSRModel(Loading, RunState, Validation, SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
     Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
@@ -65,6 +63,8 @@ class QuantSRModel(RunState, Validation, SRModel):
         super().__init__(opt)
         if not self.is_train:
             self._prepare_network()
+        if (self.opt.get("val") or {}).get("depth"):
+            set_depth(set_depth(self.net, self.opt["val"]["depth"]), None)  # a wrong one is told now, not hours later
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -82,56 +82,14 @@ class QuantSRModel(RunState, Validation, SRModel):
         """Move to the device only; distributed wrapping waits until a stage says what is trainable."""
         return net.to(self.device)
 
-    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str = "params") -> None:
-        """Load a quantized checkpoint, ``.pth`` of a training or ``.safetensors``, strictly."""
-        net = self.get_bare_model(net)
-        content, metadata = checkpoint.read_file(load_path)
-        self._compare_recipes(net.recipe, metadata, load_path)
-        state = checkpoint.state_dict_in(content, load_path, prefer=param_key or "params")
-        problems = checkpoint.key_differences(net.state_dict(), state)
-        if problems and not any("_quantizer." in key for key in state):
-            raise checkpoint.CheckpointError(
-                f"path.pretrain_network_g: {load_path} is a float checkpoint. Give it as path.pretrain_network_float."
-            )
-        if problems:
-            raise checkpoint.CheckpointError(
-                f"path.pretrain_network_g: {load_path} does not fit recipe and backbone:\n  "
-                + "\n  ".join(problems[:8])
-            )
-        net.load_state_dict(state)
-        logger.info("Loaded %d of %d keys from %s [%s].", len(state), len(state), load_path, param_key)
-
-    def _compare_recipes(self, own: Recipe, metadata: dict[str, str], load_path: str) -> None:
-        """A checkpoint of other bits fits every key, and would give plausible scores of the wrong network."""
-        if "recipe" not in metadata:
-            return
-        saved, wanted = json.loads(metadata["recipe"]), own.to_dict()
-        parts = ("method", "bits", "placement", "placements", "quantizers", "policy", "depth")
-        changed = changed_keys({key: saved.get(key) for key in parts}, {key: wanted.get(key) for key in parts})
-        if changed and not self.is_train:
-            raise checkpoint.CheckpointError(
-                f"path.pretrain_network_g: {load_path} was made with another recipe:\n  " + "\n  ".join(changed[:8])
-            )
-        for line in changed:
-            logger.warning("%s starts from another recipe: %s", load_path, line)
-
-    def _prepare_network(self) -> None:
-        """Float weights and ranges, unless a quantized checkpoint brought both."""
-        path = self.opt["path"]
-        if path.get("pretrain_network_g"):
-            return
-        float_path = path.get("pretrain_network_float")
-        if float_path:
-            checkpoint.load_float_weights(self.net, float_path)
-        else:
-            logger.warning("path.pretrain_network_float is not set: the float weights are random.")
-        if any(quantizer.needs_calibration for _, quantizer in quantizers(self.net)):
-            calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
-
     def init_training_settings(self) -> None:
         """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
         self.losses = build_step_losses(self.recipe.losses, self.device)
         self.regularizers = [name for name, loss in self.losses.items() if loss.regularizer]
+        if self.recipe.cooperative is not None and not self.regularizers:
+            logger.warning(
+                "recipe.cooperative weights gradients of regularizing losses, and recipe.losses has none."
+            )
         self.range_statistics: RangeStatistics | None = None
         self._tap_features(self.net)
         self._prepare_network()
@@ -188,9 +146,6 @@ class QuantSRModel(RunState, Validation, SRModel):
 
     def _enter_stage(self, index: int, *, set_learning_rates: bool = True) -> None:
         self.schedule.apply(index, self.net)
-        before = self.schedule.stages[self.stage_index].depths if self.stage_index >= 0 else (1.0,)
-        if set_learning_rates and before == (1.0,) != self.schedule.stages[index].depths:
-            logger.info("Blocks from kept to dropped first: %s.", rank_blocks(self.net))
         if set_learning_rates and self.stage_index >= 0:
             self.schedule.set_learning_rates(index, self.optimizer_g, self.schedulers)
         self.stage_index = index
@@ -203,6 +158,8 @@ class QuantSRModel(RunState, Validation, SRModel):
         index = self.schedule.index_at(current_iter)
         if index != self.stage_index:
             self._enter_stage(index)
+        if self.schedule.ranks_at(current_iter):
+            logger.info("Blocks from kept to dropped first: %s.", rank_blocks(self.net))
         super().update_learning_rate(current_iter, warmup_iter)
 
     def feed_data(self, data: dict[str, Any]) -> None:
@@ -245,8 +202,8 @@ class QuantSRModel(RunState, Validation, SRModel):
             return losses
         if self.opt["dist"]:
             steps.share_buffers(self.net)
-        if shares != (1.0,):
-            return steps.depths(self.net, shares, lambda: self._losses(self.net))
+        if shares != (1.0,):  # the largest depth last, for it leaves the record that ranges are looked up in
+            return steps.depths(self.net, sorted(shares), lambda: self._losses(self.net))
         losses = self._losses(self.net)
         steps.cooperative(losses, self.regularizers, self.net, self.recipe.cooperative)
         return losses
@@ -275,7 +232,13 @@ class QuantSRModel(RunState, Validation, SRModel):
         """Note range and clipped share of every place for the log; the mean share goes beside the losses."""
         self.range_statistics = range_statistics(self.net, self.net.last_record())
         if self.range_statistics is not None:
-            self.log_dict["clipped"] = float(self.range_statistics.clipped.mean())
+            self.log_dict["clipped"] = self.range_statistics.mean_clipped()
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Save network and training state; log the ranges if no validation did."""
+        super().save(epoch, current_iter)
+        if self.opt["rank"] == 0:
+            self.log_ranges(current_iter, None)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Average parameters as the host does; copy buffers, which the host leaves behind."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qsr_plugin.quant.quantizer import QParams, Quantizer
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.surgery import quantizers, sites
 
 
 @dataclass(frozen=True)
 class RangeStatistics:
-    """One look at all uniform quantizers of a network.
+    """One look at all quantizers of a network that took part in a forward.
 
     Attributes:
-        places: Dotted names ``site.port``.
-        lower: ``(P,)`` value of the lowest level.
-        upper: ``(P,)`` value of the highest level.
-        clipped: ``(P,)`` share of the elements that are more than half a step from their level.
+        places: Dotted names ``site.port``; a port that two tensors pass is there twice.
+        lower: ``(P,)`` value of the lowest level; of the lowest result where a place has a grid per image or channel.
+        upper: ``(P,)`` value of the highest level or result.
+        clipped: ``(P,)`` share of the elements more than half a step outside; NaN where there is no one grid.
     """
 
     places: tuple[str, ...]
@@ -27,19 +29,28 @@ class RangeStatistics:
     upper: Tensor
     clipped: Tensor
 
+    def mean_clipped(self) -> float:
+        """Mean clipped share over the places that have one."""
+        return float(self.clipped.nanmean())
+
     def scalars(self) -> dict[str, float]:
         """Name and value of each figure, as TensorBoard shows them."""
         rows = zip(self.places, *(figures.tolist() for figures in (self.lower, self.upper, self.clipped)))
-        return {
+        named = {
             f"{kind}/{place}": value
             for place, *values in rows
             for kind, value in zip(("range_lower", "range_upper", "clipped"), values)
         }
+        return {name: value for name, value in named.items() if not math.isnan(value)}
 
     def lines(self) -> list[str]:
         """One readable line per place."""
         rows = zip(self.places, self.lower.tolist(), self.upper.tolist(), self.clipped.tolist())
-        return [f"{place}: {low:.4g} to {high:.4g}, {share:.2%} clipped" for place, low, high, share in rows]
+        return [
+            f"{place}: {low:.4g} to {high:.4g}, "
+            + ("with a grid per image" if math.isnan(share) else f"{share:.2%} clipped")
+            for place, low, high, share in rows
+        ]
 
 
 def range_statistics(net: nn.Module, record: ForwardRecord) -> RangeStatistics | None:
@@ -50,28 +61,33 @@ def range_statistics(net: nn.Module, record: ForwardRecord) -> RangeStatistics |
         record: Record of a forward of it that kept pairs.
 
     Returns:
-        The statistics, ``None`` if no quantizer is uniform per tensor.
+        The statistics, ``None`` if the record has no pairs.
     """
-    weights = {f"{name}.weight": site.weight for name, site in sites(net) if site.quantizer("weight") is not None}
-    found: list[tuple[str, Tensor, Tensor, Tensor]] = []
-    with torch.no_grad():
-        for place, quantizer in quantizers(net):
-            pair = record.pairs.get(place)
-            if pair is None:
-                continue
-            try:
-                grid = quantizer.qparams() if quantizer.role == "act" else _weight_grid(quantizer, weights[place])
-            except NotImplementedError:
-                continue
-            scale = grid.scale.float()
-            low, high = (grid.qmin - grid.zero_point) * scale, (grid.qmax - grid.zero_point) * scale
-            outside = (pair[0] < low - scale / 2) | (pair[0] > high + scale / 2)
-            found.append((place, low, high, outside.float().mean()))
-    if not found:
+    if not record.pairs:
         return None
-    places, *figures = zip(*found)
-    return RangeStatistics(places, *(torch.stack(column).float().cpu() for column in figures))
+    parts = dict(quantizers(net))
+    weights = {f"{name}.weight": site.weight for name, site in sites(net) if site.quantizer("weight") is not None}
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for place, (x, quantized) in record.pairs.items():
+            site = place if place in parts else place.rpartition(".")[0]
+            found.append(_look(parts[site], x, quantized, weights.get(site)))
+    figures = (torch.stack(column).float().cpu() for column in zip(*found))
+    return RangeStatistics(tuple(record.pairs), *figures)
 
 
-def _weight_grid(quantizer, weight: Tensor):
-    return quantizer.qparams() if quantizer.needs_calibration else quantizer.qparams_of(weight)
+def _look(quantizer: Quantizer, x: Tensor, quantized: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        grid = _grid(quantizer, weight)
+    except NotImplementedError:
+        return *quantized.float().aminmax(), quantized.new_tensor(math.nan)
+    scale, x = grid.scale.float(), quantizer.on_grid(x)
+    low, high = (grid.qmin - grid.zero_point) * scale, (grid.qmax - grid.zero_point) * scale
+    outside = (x < low - scale / 2) | (x > high + scale / 2)
+    return low, high, outside.float().mean()
+
+
+def _grid(quantizer: Quantizer, weight: Tensor | None) -> QParams:
+    if weight is not None and not quantizer.needs_calibration:
+        return quantizer.qparams_of(weight)
+    return quantizer.qparams()

@@ -9,6 +9,7 @@ from basicsr.utils.dist_util import master_only
 
 from qsr_plugin import checkpoint
 from qsr_plugin.options_file import OptionsError
+from qsr_plugin.quant.recipe import RecipeError, load_recipe
 
 
 class RunState:
@@ -78,12 +79,20 @@ class RunState:
             )
         if "recipe" not in state or self.opt.get("allow_recipe_change"):
             return
-        changed = changed_keys(state["recipe"], self.recipe.to_dict())
+        changed = changed_keys(completed(state["recipe"]), self.recipe.to_dict())
         if changed:
             raise OptionsError(
                 "the recipe differs from that of the saved run:\n  " + "\n  ".join(changed) + "\nUse the saved recipe, "
                 "another name for a new run, or --allow-recipe-change"
             )
+
+
+def completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe with today's defaults for what it does not say; one that cannot be read any more as it is."""
+    try:
+        return load_recipe(recipe).to_dict()
+    except RecipeError:
+        return recipe
 
 
 def changed_keys(old: Any, new: Any, path: str = "recipe") -> list[str]:

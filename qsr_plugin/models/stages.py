@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from torch import nn
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.schema import Stage
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
+
+logger = logging.getLogger("basicsr")
 
 
 def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -37,27 +40,39 @@ def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def check_stages(stages: Iterable[Stage], net: nn.Module) -> None:
-    """Refuse stages that ask for what no activation quantizer of the network can do, before any work is done.
-
-    Where activations are float, such a stage asks for nothing.
+def check_stages(stages: Sequence[Stage], net: nn.Module) -> None:
+    """Look at stages before any work is done: refuse those that cannot train, warn of what has no effect.
 
     Raises:
         RecipeError: Naming the stage and what to change.
     """
+    groups = {name: parameters for name, parameters in parameter_groups(net).items() if parameters}
     kinds = {type(quantizer) for _, quantizer in quantizers(net) if quantizer.role == "act"}
-    if not kinds:
-        return
     for index, stage in enumerate(stages):
-        tracking = None if stage.track_ranges is None else "mean" if stage.track_ranges == "mean" else "momentum"
-        if tracking and not any(kind.tracking == tracking for kind in kinds):
-            can = sorted({kind.tracking for kind in kinds if kind.tracking}) or ["nothing"]
+        where = f"recipe.stages[{index}]"
+        if not any(name in groups for name in stage.train):
             raise RecipeError(
-                f"recipe.stages[{index}].track_ranges is {stage.track_ranges!r}: no quantizer of this network follows "
-                f"ranges by {tracking} (they know: {', '.join(can)}). Remove it; ranges are calibrated before training."
+                f"{where}.train is {list(stage.train)}: this network has no such parameters. "
+                f"It has {', '.join(groups)}."
             )
-        if stage.gated and not any(kind.gated for kind in kinds):
-            raise RecipeError(f"recipe.stages[{index}].gated: no quantizer of this network has a gate. Remove it.")
+        tracking = None if stage.track_ranges is None else "mean" if stage.track_ranges == "mean" else "momentum"
+        trained = {name for name in stage.train if name.endswith("ranges")}
+        if tracking == "mean" and trained and any(kind.tracking == "mean" for kind in kinds):
+            raise RecipeError(
+                f"{where}: ranges that follow the mean of the batches have no gradient: take "
+                f"{', '.join(sorted(trained))} out of its train"
+            )
+        if tracking and kinds and not any(kind.tracking == tracking for kind in kinds):
+            logger.warning("%s.track_ranges has no effect: no quantizer follows ranges by %s.", where, tracking)
+        if stage.gated and kinds and not any(kind.gated for kind in kinds):
+            logger.warning("%s.gated has no effect: no quantizer has a gate.", where)
+    for name, parameters in groups.items():
+        if not any(name in stage.train for stage in stages):
+            logger.warning(
+                "recipe.stages: no stage trains the %d parameters of the group '%s'; they keep their start.",
+                len(parameters),
+                name,
+            )
 
 
 class StageSchedule:
@@ -76,6 +91,13 @@ class StageSchedule:
     def index_at(self, iteration: int) -> int:
         """Stage of an iteration, counted from 1. Iterations beyond the last stage's length stay in it."""
         return sum(iteration > end for end in self._ends)
+
+    def ranks_at(self, iteration: int) -> bool:
+        """Whether blocks are to be ranked before this iteration: the first of several depths after full depth."""
+        index = self.index_at(iteration)
+        full_before = index == 0 or self.stages[index - 1].depths == (1.0,)
+        begins = iteration == (1 if index == 0 else self._ends[index - 1] + 1)
+        return begins and full_before and self.stages[index].depths != (1.0,)
 
     def learning_rate(self, index: int, group: str) -> float:
         """Learning rate of a group in a stage, before the scheduler's decay."""

@@ -24,6 +24,7 @@ from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
 from qsr_plugin.checkpoint import save_quantized, save_torch
 from qsr_plugin.memory import keep_freed_memory
 from qsr_plugin.models.quant_sr_model import QuantSRModel
+from qsr_plugin.options_file import scale_of
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import load_recipe
 
@@ -160,7 +161,7 @@ def training_step(work: Workload, case: Case | None) -> Callable[[], None]:
         case: The quantized step; ``None`` for the float one.
     """
     torch.manual_seed(0)
-    side, scale = work.lq_size, work.backbone["upscale"]
+    side, scale = work.lq_size, scale_of(work.backbone)
     lq, gt = torch.rand(work.batch, 3, side, side), torch.rand(work.batch, 3, scale * side, scale * side)
     with tempfile.TemporaryDirectory(prefix="qsr_") as folder, _silence():
         model = _float_model(work) if case is None else _quantized_model(work, case, lq, Path(folder))
@@ -206,7 +207,7 @@ def _options(work: Workload, network: dict[str, Any], path: dict[str, Any]) -> d
     scheduler = {"type": "MultiStepLR", "milestones": [2**31], "gamma": 0.5}
     training = {"ema_decay": 0, "optim_g": {"type": "Adam", "lr": 1e-5}, "scheduler": scheduler, "pixel_opt": pixel}
     return {
-        "name": "step", "scale": work.backbone["upscale"], "num_gpu": min(torch.cuda.device_count(), 1), "dist": False,
+        "name": "step", "scale": scale_of(work.backbone), "num_gpu": min(torch.cuda.device_count(), 1), "dist": False,
         "rank": 0, "world_size": 1, "is_train": True, "manual_seed": 0, "network_g": network, "path": path,
         "train": {**training, "total_iter": 2**31}, "logger": {"print_freq": 2**31},
     }  # fmt: skip

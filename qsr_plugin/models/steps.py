@@ -45,10 +45,11 @@ def cooperative(losses: Losses, regularizers: Collection[str], net: nn.Module, o
     chosen = {id(p) for p in weights}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in chosen]
     regularizer = sum(losses[name] for name in regularizers)
-    pulling = torch.autograd.grad(regularizer, weights, retain_graph=True, allow_unused=True) if weights else ()
-    learning = torch.autograd.grad(
-        sum(value for name, value in losses.items() if name not in regularizers), [*weights, *rest]
-    )
+    pulling: Sequence[Tensor | None] = [None] * len(weights)
+    if weights and regularizer.requires_grad:
+        pulling = torch.autograd.grad(regularizer, weights, retain_graph=True, allow_unused=True)
+    reconstruction = sum(value for name, value in losses.items() if name not in regularizers)
+    learning = torch.autograd.grad(reconstruction, [*weights, *rest], materialize_grads=True)
     average_in_place(learning)
     average_in_place([gradient for gradient in pulling if gradient is not None])
     combined = combine([names[id(p)] for p in weights], learning[: len(weights)], pulling, options)

@@ -16,10 +16,11 @@ class Validation:
     def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
         """Validate as the host does, with random states left as they were, and log FAB and ranges."""
         self._bits: list[float] = []
+        self.net.drop_pairs()  # a whole image's would take many times a training step's memory
         with torch.random.fork_rng():
             super().validation(dataloader, current_iter, tb_logger, save_img)
         if self.opt["rank"] == 0:
-            self._log_ranges(current_iter, tb_logger)
+            self.log_ranges(current_iter, tb_logger)
 
     def test(self) -> None:
         """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its average bits."""
@@ -51,7 +52,7 @@ class Validation:
         if tb_logger:
             tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
 
-    def _log_ranges(self, current_iter: int, tb_logger) -> None:
+    def log_ranges(self, current_iter: int, tb_logger) -> None:
         """The ranges at the last logged training step: one line each in the log, one scalar each in TensorBoard."""
         statistics = getattr(self, "range_statistics", None)
         if statistics is None:

@@ -126,8 +126,9 @@ def fake_quantize(
     ``x_q = anchor + s * (clip(round((x - anchor) / s + shift), qmin, qmax) - shift)`` with ``s = span / steps``.
 
     The step is given as a stretch of the axis and the number of steps in it, so that ``x * steps / span`` falls on the
-    same side of a rounding tie as the formulas of the papers; ``shift`` is given in steps for the same reason. Rounding
-    is half to even. Arithmetic is done in at least float32; the result has the dtype of ``x``.
+    same side of a rounding tie as most formulas of the papers (one that divides first may differ in the last bit);
+    ``shift`` is given in steps for the same reason. Rounding is half to even. Arithmetic is done in at least float32;
+    the result has the dtype of ``x``.
 
     Gradients, with ``x_q`` the result, inside and outside as told by ``bounds``, for straight-through rounding::
 
@@ -197,7 +198,9 @@ class _FakeQuantize(torch.autograd.Function):
         inside, side = (wide, None) if upper is None else _shares(x, lower, upper, ctx.ties)
         if upper is not None:
             inside.mul_(wide)
-        through = inside if not ctx.steepness else _staircase_slope(error, span / ctx.steps, ctx.steepness).mul_(inside)
+        through = inside
+        if ctx.steepness:
+            through = _through_staircase(inside, error, span / ctx.steps, ctx.steepness)
         grad_span = grad_steps = grad_lower = grad_upper = None
         if need_span:
             moved = _reduce(inside, error, span)
@@ -213,11 +216,15 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None, None, None
 
 
-def _staircase_slope(error: Tensor, step: Tensor, steepness: float) -> Tensor:
-    """``k sech^2(k (f - 1/2)) / (2 tanh(k/2))``; ``|f - 1/2| = 1/2 - |round(v) - v|``, and sech is even."""
-    slope = (error / step).abs_().sub_(0.5).mul_(steepness).tanh_()
-    peak = steepness / (2.0 * math.tanh(steepness / 2.0))
-    return slope.square_().mul_(-peak).add_(peak)
+def _through_staircase(grad: Tensor, error: Tensor, step: Tensor, steepness: float) -> Tensor:
+    """``grad`` times ``k sech^2(k (f - 1/2)) / (2 tanh(k/2))``.
+
+    ``|f - 1/2| = 1/2 - |round(v) - v|``, sech is even, and ``sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z))``, which costs
+    a tenth of tanh.
+    """
+    scale = 2.0 * steepness / math.tanh(steepness / 2.0)
+    level = error.abs().mul_(2.0 * steepness / step).sub_(steepness).sigmoid_()
+    return torch.ops.aten.sigmoid_backward(grad, level).mul_(scale)
 
 
 def _as_tensors(limits: Limits) -> tuple[Tensor, Tensor]:
@@ -230,13 +237,15 @@ def _shares(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor
 
     Only signs of differences are used: a dead range may be 1e-12 wide and its data a billion times larger.
     """
+    if ties == "inside":
+        side = torch.maximum(x, lower)
+        side = torch.sub(x, torch.minimum(side, upper, out=side), out=side).sign_()
+        return side.abs().neg_().add_(1.0), side
     inside, side = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
     inside.add_(side)  # 2 inside, 1 on a bound, 0 outside
     side.mul_(-2).add_(inside)  # 0 inside, +-1 on a bound, +-2 outside
     if ties == "split":
         return inside.mul_(0.5), side.mul_(0.5)
-    if ties == "inside":
-        return inside.clamp_(max=1.0), side.mul_(0.5).round_()  # a half on a bound rounds to 0
     return inside.sub_(1.0).clamp_(min=0.0), side.clamp_(-1.0, 1.0)
 
 

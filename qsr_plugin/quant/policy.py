@@ -8,14 +8,14 @@ here once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qsr_plugin.errors import suggest
 from qsr_plugin.quant.quantizer import Quantizer, StrictOptions
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.table import Table
 
 
 @dataclass(frozen=True)
@@ -55,32 +55,9 @@ class BitPolicy(nn.Module):
         raise NotImplementedError
 
 
-POLICIES: dict[str, type[BitPolicy]] = {}
-
-P = TypeVar("P", bound=type[BitPolicy])
-
-
-def register_policy(name: str):
-    """Class decorator that makes a policy available to recipes under ``name``."""
-
-    def register(cls: P) -> P:
-        if name in POLICIES:
-            raise ValueError(f"bit policy '{name}' is already registered by {POLICIES[name].__qualname__}")
-        POLICIES[name] = cls
-        return cls
-
-    return register
-
-
-def policy_class(name: str) -> type[BitPolicy]:
-    """Look up a registered policy.
-
-    Raises:
-        ValueError: For an unknown name, with the closest registered one.
-    """
-    if name not in POLICIES:
-        raise ValueError(f"unknown bit policy '{name}'. {suggest(name, POLICIES)}")
-    return POLICIES[name]
+POLICIES: Table[BitPolicy] = Table("bit policy")
+register_policy = POLICIES.register
+policy_class = POLICIES.find
 
 
 @register_policy("fixed")

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, ClassVar, Literal, Union
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from qsr_plugin.errors import suggest
 from qsr_plugin.quant.observers import Observer, Range
 from qsr_plugin.quant.ops import at_bits, per_sample
+from qsr_plugin.quant.table import Table
 
 if TYPE_CHECKING:
     from qsr_plugin.quant.schema import Stage
@@ -141,6 +141,10 @@ class Quantizer(nn.Module):
     def settle(cls, parts: Sequence[Quantizer]) -> None:
         """Decide what needs all quantizers of this class in a network; called after each calibration."""
 
+    def on_grid(self, x: Tensor) -> Tensor:
+        """The tensor that the grid applies to: ``x`` itself, unless something is added to it first."""
+        return x
+
     def idle_parameters(self) -> list[nn.Parameter]:
         """Parameters that take part in nothing, and so must not be trained."""
         return []
@@ -250,6 +254,11 @@ class Quantizer(nn.Module):
             values = at_bits(values, self.candidates, bits)
         return self.expand(values, x), self.expand(bits, x)
 
+    def moving_average(self, old: Tensor, new: Tensor, momentum: float) -> Tensor:
+        """``momentum * old + (1 - momentum) * new`` for :meth:`track`; a range that was never set has no past."""
+        past = momentum * self.calibrated.float()  # a tensor, so that no device has to be asked
+        return past * old + (1.0 - past) * new
+
     def check_candidate(self, bits: int | Tensor) -> None:
         """Refuse a bit width there is no range for; those in a tensor are not looked at."""
         if isinstance(bits, int) and bits not in self.candidates:
@@ -265,33 +274,6 @@ class Quantizer(nn.Module):
         return f"bits={'/'.join(map(str, self.candidates))}, role={self.role}"
 
 
-QUANTIZERS: dict[str, type[Quantizer]] = {}
-
-T = TypeVar("T", bound=type[Quantizer])
-
-
-def register_quantizer(name: str):
-    """Class decorator that makes a quantizer available to recipes under ``name``.
-
-    Raises:
-        ValueError: If the name is taken.
-    """
-
-    def register(cls: T) -> T:
-        if name in QUANTIZERS:
-            raise ValueError(f"quantizer '{name}' is already registered by {QUANTIZERS[name].__qualname__}")
-        QUANTIZERS[name] = cls
-        return cls
-
-    return register
-
-
-def quantizer_class(name: str) -> type[Quantizer]:
-    """Look up a registered quantizer.
-
-    Raises:
-        ValueError: For an unknown name, with the closest registered one.
-    """
-    if name not in QUANTIZERS:
-        raise ValueError(f"unknown quantizer '{name}'. {suggest(name, QUANTIZERS)}")
-    return QUANTIZERS[name]
+QUANTIZERS: Table[Quantizer] = Table("quantizer")
+register_quantizer = QUANTIZERS.register
+quantizer_class = QUANTIZERS.find

@@ -107,6 +107,9 @@ def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        old, joined = merged.get(key), value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            other = "type" in value and value["type"] != old.get("type")  # whose options are others as well
+            joined = dict(value) if other else _merge(old, value)
+        merged[key] = joined
     return merged

@@ -23,6 +23,7 @@ class ForwardRecord:
 
     Attributes:
         images: Number of images in the batch.
+        pixels: Number of low-resolution pixels in it, all images together.
         bits: Site and port name to bit width: an int, or ``(N,)`` one per image.
         keep_pairs: Whether sites are to fill ``pairs``, which holds on to every quantized tensor.
         taps: Name to tapped feature tensor (with graph, for losses).
@@ -31,6 +32,7 @@ class ForwardRecord:
     """
 
     images: int
+    pixels: int = 0
     keep_pairs: bool = False
     bits: dict[str, int | Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
@@ -79,7 +81,8 @@ class RecordingRoot:
             return super().forward(x, *args, **kwargs)
         if self._last_record is not None:
             self._last_record.pairs.clear()  # they hold as much memory as the forward to come
-        record = ForwardRecord(images=x.shape[0], keep_pairs=self.keep_pairs)
+        pixels = x.shape[0] * x.shape[-2:].numel()
+        record = ForwardRecord(images=x.shape[0], pixels=pixels, keep_pairs=self.keep_pairs)
         token = _CURRENT.set(record)
         try:
             out = super().forward(x, *args, **kwargs)
@@ -87,6 +90,12 @@ class RecordingRoot:
             _CURRENT.reset(token)
         self._last_record = record
         return out
+
+    def drop_pairs(self) -> None:
+        """Let go of the pairs of the last forward, and keep none from now on."""
+        self.keep_pairs = False
+        if self._last_record is not None:
+            self._last_record.pairs.clear()
 
     def last_record(self) -> ForwardRecord:
         """Record of the last completed forward.

@@ -16,10 +16,19 @@ def world_size() -> int:
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of a tensor over all processes, identical on each; the tensor itself outside of a distributed run."""
+    return _over_ranks(value, "SUM")
+
+
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Largest value of each element over all processes; the tensor itself outside of a distributed run."""
+    return _over_ranks(value, "MAX")
+
+
+def _over_ranks(value: Tensor, operation: str) -> Tensor:
     if world_size() == 1:
         return value
     value = value.clone()
-    dist.all_reduce(value)
+    dist.all_reduce(value, getattr(dist.ReduceOp, operation))
     return value
 
 

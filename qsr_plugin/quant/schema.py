@@ -160,13 +160,13 @@ class Stage(_Strict):
         depths: Shares of the blocks that are trained in turn on each batch; needs the recipe's ``depth``.
     """
 
-    train: tuple[Group, ...] = ("weights", "ranges", "weight_ranges", "others")
+    train: Annotated[tuple[Group, ...], Field(min_length=1)] = ("weights", "ranges", "weight_ranges", "others")
     iters: Optional[int] = Field(None, ge=1)
     lr: LearningRates = LearningRates()
     track_ranges: Union[float, Literal["mean"], None] = None
     gated: bool = False
     freeze_batch_norm: bool = False
-    depths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    depths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
 
     @field_validator("track_ranges", mode="before")
     @classmethod
@@ -237,7 +237,11 @@ class Recipe(_Strict):
         lowest = min(self.bits.act) if isinstance(self.bits.act, tuple) else self.bits.act
         for index, loss in enumerate(self.losses):
             target = loss.extras().get("target_bits")
-            if target is not None and target < lowest:
+            if target is None:
+                continue
+            if isinstance(target, bool) or not isinstance(target, (int, float)):
+                raise ValueError(f"losses[{index}].target_bits is {target!r}; give a number of bits")
+            if target < lowest:
                 raise ValueError(
                     f"losses[{index}].target_bits is {target}, below the smallest activation bit width {lowest}, so no "
                     f"network can reach it; give {lowest} or more, or add a smaller candidate to bits.act"

@@ -223,6 +223,7 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
         if not isinstance(place.module, Site):
             site_class.from_float(place.module, place.name)
         place.module.add_quantizer(place.port, quantizer.to(device), policy if policy is None else policy.to(device))
+        place.module.train(place.module.training)  # the new parts as well
         if place.pad_first:
             place.module.pad_first = True
     if blocks:

@@ -7,16 +7,15 @@ losses stay those of the recipes.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qsr_plugin.archs.quant_net_arch import build_backbone
-from qsr_plugin.errors import UserError, suggest
-from qsr_plugin.options_file import assemble, options_folder, write_options
+from qsr_plugin.errors import UserError
+from qsr_plugin.options_file import assemble, backbone_options, options_folder, parse_bits, scale_of, write_options
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.report.shortening import Budget, shortened
@@ -77,33 +76,23 @@ def _trains(recipe: Recipe) -> bool:
     return any("weights" in stage.train for stage in recipe.stages)
 
 
-def parse_bits(text: str) -> tuple[int, int]:
-    """``W4A4`` as (4, 4): bits of weights and of activations."""
-    if not (found := re.fullmatch(r"[wW](\d+)[aA](\d+)", text)):
-        raise ComparisonError(f"bits are '{text}'; expected weight and activation bits, e.g. W4A4")
-    return int(found[1]), int(found[2])
-
-
-def backbone_options(arch: str) -> dict[str, Any]:
-    """Type and arguments of a float network.
+def check_jobs(jobs: Sequence[tuple[str, str]]) -> None:
+    """Refuse trainings that would write over each other.
 
     Args:
-        arch: Shipped backbone, or a YAML file with a ``network_g`` block.
+        jobs: Method (shipped recipe, or a recipe file) and bits of every training.
 
     Raises:
-        ComparisonError: If there is no such backbone.
+        ComparisonError: If two have one name.
     """
-    path = Path(arch)
-    if path.suffix not in (".yml", ".yaml"):
-        path = options_folder() / "backbones" / f"{arch}.yml"
-        if not path.is_file():
-            names = [shipped.stem for shipped in path.parent.glob("*.yml")]
-            raise ComparisonError(f"unknown backbone '{arch}'. {suggest(arch, names)} Or give a .yml file.")
-    network = assemble(path).get("network_g") or {}
-    backbone = network.get("backbone", network)
-    if not {"type", "upscale"} <= set(backbone):
-        raise ComparisonError(f"{path} has no network_g with type and upscale")
-    return backbone
+    taken: dict[str, tuple[str, str]] = {}
+    for job in jobs:
+        other = taken.setdefault(run_name(*job), job)
+        if other != job:
+            raise ComparisonError(
+                f"{' '.join(other)} and {' '.join(job)} would both be kept as {run_name(*job)}: give one recipe file "
+                "another name, or compare them in folders of their own"
+            )
 
 
 def published_iterations(method: str, backbone: str) -> int:
@@ -128,7 +117,7 @@ def shared_options(settings: Settings) -> dict[str, Any]:
         write_options({"_base_": [str(file) for file in files]}, path)
         options = assemble(path)
     backbone, training = backbone_options(settings.backbone), options["train"]
-    scale = backbone["upscale"]
+    scale = scale_of(backbone)
     training["total_iter"] = settings.iters
     steps = [max(1, round(share * settings.iters)) for share in settings.milestones]
     training["scheduler"] = {"type": "MultiStepLR", "milestones": steps, "gamma": 0.5}
@@ -145,13 +134,14 @@ def shared_options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def training_options(settings: Settings, method: str, bits: str) -> dict[str, Any]:
+def training_options(settings: Settings, method: str, bits: str, span: float) -> dict[str, Any]:
     """Complete options of one training.
 
     Args:
         settings: What is shared.
         method: Shipped recipe, or a recipe file.
         bits: Like ``W4A4``.
+        span: Median width of the activations' ranges, see :func:`~qsr_plugin.report.shortening.median_span`.
 
     Raises:
         UserError: For a backbone, recipe, placement or length that cannot be used.
@@ -166,6 +156,7 @@ def training_options(settings: Settings, method: str, bits: str) -> dict[str, An
         published=published_iterations(recipe.method, Path(settings.backbone).stem),
         base_lr=options["train"]["optim_g"]["lr"],
         pixel_range=float(getattr(build_backbone(network["backbone"]), "img_range", 1.0)),
+        span=span,
         weights_lr=settings.weights_lr,
     )
     frozen = {"freeze_batch_norm": True} if settings.freeze_batch_norm else {}

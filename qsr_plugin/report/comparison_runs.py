@@ -9,27 +9,41 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
 from qsr_plugin.checkpoint import load_float_weights, load_quantized
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.depth import slim, trained_depths
+from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.report.comparison import Row
-from qsr_plugin.report.comparison_options import ComparisonError, Settings, run_name, shared_options, training_options
+from qsr_plugin.report.comparison_options import (
+    COMMON_PLACEMENT,
+    ComparisonError,
+    Settings,
+    run_name,
+    shared_options,
+    training_options,
+)
 from qsr_plugin.report.complexity import complexity
 from qsr_plugin.report.evaluate import evaluate
+from qsr_plugin.report.shortening import median_span
 from qsr_plugin.report.tables import write_json
 from qsr_plugin.watched_run import Step, TrainingError, train
 
 _FLOAT_ITERS = 40  # to time the float network
+_FLOAT_LINES = 8  # of its log, at least
+_RANGES = "percentile"  # recipe that tells how wide ranges are: quantiles of 1 and 99 %
 
 Watch = Callable[[Step], None]
 Scores = dict[str, dict[str, float]]
@@ -45,20 +59,33 @@ def time_float(settings: Settings, folder: Path) -> float:
     options = shared_options(settings)
     options.update(name="float", model_type="SRModel", network_g=options["network_g"]["backbone"])
     options["path"] = {"pretrain_network_g": None, "resume_state": None}
-    options["train"]["total_iter"] = min(settings.iters, _FLOAT_ITERS)
+    iters = min(settings.iters, _FLOAT_ITERS)
+    options["train"]["total_iter"] = iters
+    options["logger"]["print_freq"] = max(1, min(options["logger"]["print_freq"], iters // _FLOAT_LINES))
     return _timed(options, folder, lambda step: None)[1]
 
 
 def _timed(options: dict[str, Any], folder: Path, watch: Watch) -> tuple[Path, float]:
-    """Train; the network, and the median of the times that the log tells."""
-    seconds: list[float] = []
+    """Train; the network, and the median over the log's lines of the time an iteration took since the line before.
+
+    The first line only starts the clock: the first iterations are several times slower. The host's own figures cannot
+    be used, they are means since the start.
+
+    Raises:
+        TrainingError: If the training fails, or logs fewer than two iterations.
+    """
+    told: list[tuple[int, float]] = []
 
     def listen(step: Step) -> None:
-        if step.seconds is not None:
-            seconds.append(step.seconds)
+        if step.iteration is not None:
+            told.append((step.iteration, time.perf_counter()))
         watch(step)
 
     path = train(options, folder, listen)
+    seconds = [(end - start) / (last - first) for (first, start), (last, end) in pairwise(told)]
+    if not seconds:
+        reason = f"logged {len(told)} iteration(s), too few to tell how long one takes"
+        raise TrainingError(f"{folder / 'train.log'}: {reason}; train longer, or set a smaller print_freq", reason)
     return path, statistics.median(seconds)
 
 
@@ -74,7 +101,41 @@ def float_row(settings: Settings, device: torch.device) -> Row:
     )  # fmt: skip
 
 
-def run_method(settings: Settings, method: str, bits: str, out: Path, device: torch.device, watch: Watch) -> list[Row]:
+def reference(settings: Settings, out: Path, device: torch.device) -> tuple[list[Row], float]:
+    """Row and span of the float network, see :func:`float_span`; made once in a comparison, then kept in ``results``.
+
+    Args:
+        settings: What is shared.
+        out: Folder of the comparison.
+        device: Where the network runs.
+
+    Raises:
+        ComparisonError: If ``out`` holds a comparison with other settings.
+    """
+    path = out / "results" / "float.json"
+    rows = kept_rows(settings.to_dict(), path)
+    span = None if rows is None else json.loads(path.read_text("utf-8")).get("span")
+    if span is None:
+        rows, span = [float_row(settings, device)], float_span(settings, device)
+        save_rows(rows, settings.to_dict(), path, span=span)
+    return rows, span
+
+
+def float_span(settings: Settings, device: torch.device) -> float:
+    """Median width of the ranges that the float network's activations have; what ranges of all methods are held to.
+
+    Measured at one set of places with one observer, whatever the methods do, so that all get the same reach.
+    """
+    options = shared_options(settings)
+    recipe = load_recipe(_RANGES, placement=COMMON_PLACEMENT)
+    net = QuantNet(options["network_g"]["backbone"], recipe)
+    load_float_weights(net, settings.weights)
+    return median_span(net.to(device), _calibration_images(options, net))
+
+
+def run_method(
+    settings: Settings, method: str, bits: str, span: float, out: Path, device: torch.device, watch: Watch
+) -> list[Row]:
     """Calibrate, score, train and score again.
 
     The float network is timed right before the training, because a busy machine does not stay as busy.
@@ -83,17 +144,19 @@ def run_method(settings: Settings, method: str, bits: str, out: Path, device: to
         settings: What is shared.
         method: Shipped recipe, or a recipe file.
         bits: Like ``W4A4``.
+        span: See :func:`float_span`.
         out: Folder of the comparison: the training runs in ``runs``, the network is kept in ``models``.
         device: Where the networks are scored.
         watch: See :func:`qsr_plugin.watched_run.train`.
 
     Returns:
-        One row per depth, the whole network first. If anything fails, one row that says why.
+        One row per depth, the whole network first; they are kept in ``results``. If anything fails, one row that says
+        why, which is not kept.
     """
     name, slug = f"{Path(method).stem} {bits}", run_name(method, bits)
     row = Row(name, Path(method).stem, bits, iterations=settings.iters)
     try:
-        options = training_options(settings, method, bits)
+        options = training_options(settings, method, bits, span)
         row = replace(row, placement=options["network_g"]["recipe"]["placement"])
         start = _calibrated(options, settings.weights)
         before = [(label, _scores(one, settings, options["scale"])) for label, one in _depths(start.to(device))]
@@ -107,6 +170,7 @@ def run_method(settings: Settings, method: str, bits: str, out: Path, device: to
             after, costs = _scores(one, settings, options["scale"]), complexity(one)
             figures = {"fab": costs.fab, "bitops": costs.bitops, "storage_bits": costs.storage_bits}
             rows.append(replace(row, label=name + label, start=scores, end=after, seconds=seconds, **figures))
+        save_rows(rows, _origin(settings, options), result_path(out, method, bits))
         return rows
     except TrainingError as error:
         return [replace(row, note=error.reason)]
@@ -118,8 +182,12 @@ def _calibrated(options: dict[str, Any], weights: Path) -> nn.Module:
     """The network as the training starts with it: the same draw of calibration images."""
     net = QuantNet(options["network_g"]["backbone"], options["network_g"]["recipe"])
     load_float_weights(net, weights)
+    return calibrate(net, _calibration_images(options, net)).eval()
+
+
+def _calibration_images(options: dict[str, Any], net: nn.Module) -> Iterator[Tensor]:
     data = dict(options["datasets"]["train"], phase="train", scale=options["scale"])
-    return calibrate(net, calibration_batches({"datasets": {"train": data}}, net.recipe.calibration)).eval()
+    return calibration_batches({"datasets": {"train": data}}, net.recipe.calibration)
 
 
 def _depths(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,30 +202,62 @@ def _scores(net: nn.Module, settings: Settings, scale: int) -> Scores:
     return {name: {"psnr": result.psnr, "ssim": result.ssim} for name, result in results.items()}
 
 
+# -- what earlier calls left ------------------------------------------------------------------------------------------
+
+
 def result_path(out: Path, method: str, bits: str) -> Path:
     """Where the rows of one finished training are kept."""
     return out / "results" / f"{run_name(method, bits)}.json"
 
 
-def save_rows(rows: list[Row], settings: Settings, path: Path) -> None:
-    """Keep rows with the settings they were made with."""
-    write_json({"settings": settings.to_dict(), "rows": [row.to_dict() for row in rows]}, path)
+def save_rows(rows: list[Row], origin: Mapping[str, Any], path: Path, **more: Any) -> None:
+    """Keep rows with what they were made from, and more that belongs to them."""
+    write_json({"settings": dict(origin), "rows": [row.to_dict() for row in rows], **more}, path)
 
 
-def kept_rows(settings: Settings, path: Path) -> list[Row] | None:
-    """Rows of an earlier call, or ``None``.
+def kept_method(settings: Settings, method: str, bits: str, span: float, out: Path) -> list[Row] | None:
+    """Rows of a training of an earlier call, or ``None``; arguments as for :func:`run_method`.
 
     Raises:
-        ComparisonError: If they were made with other settings.
+        ComparisonError: If the settings, or the recipe as it resolves now, are not those of that training.
+    """
+    path = result_path(out, method, bits)
+    if not path.is_file():
+        return None
+    return kept_rows(_origin(settings, training_options(settings, method, bits, span)), path)
+
+
+def kept_rows(origin: Mapping[str, Any], path: Path) -> list[Row] | None:
+    """Rows of an earlier call, or ``None``.
+
+    Args:
+        origin: Settings as plain data; of a method also its ``recipe``, as it was resolved.
+        path: Where they would be.
+
+    Raises:
+        ComparisonError: If they were made from anything else.
     """
     if not path.is_file():
         return None
-    data, own = json.loads(path.read_text("utf-8")), settings.to_dict()
-    changed = [
-        f"{key}: {data['settings'].get(key)}, now {own[key]}" for key in own if data["settings"].get(key) != own[key]
-    ]
-    if changed:
+    data = json.loads(path.read_text("utf-8"))
+    if changed := list(_differences(data["settings"], dict(origin))):
         raise ComparisonError(
             f"{path} was made with other settings ({'; '.join(changed)}). Give those, or another folder with -o."
         )
     return [Row(**row) for row in data["rows"]]
+
+
+def _origin(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+    return {**settings.to_dict(), "recipe": options["network_g"]["recipe"]}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs in plain data, by dotted name."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new)):
+            yield from _differences(*pair, f"{name}[{index}]")
+    elif old != new:
+        yield f"{name}: {textwrap.shorten(str(old), 80)}, now {textwrap.shorten(str(new), 80)}"

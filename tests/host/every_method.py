@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from qsr_plugin import compat
 from qsr_plugin.quant.recipe import list_methods, load_recipe
@@ -75,30 +76,34 @@ def iterate(model: Any, iterations: range, rank: int = 0) -> None:
         model.optimize_parameters(iteration)
 
 
-def main() -> None:
-    """Run every recipe on this process and fail if it does not end up with the same network as the first one."""
-    from torch import distributed as dist
-
-    dist.init_process_group("gloo")
+def stay_the_same(data: Path, method: str, backbone: str) -> None:
+    """Train on this process and fail if it does not end up with the same network as the first one."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    root = Path.cwd()
-    for method in list_methods():
-        changes = {"dist": True, "rank": rank, "world_size": world}
-        model = build_model(options(Path(sys.argv[1]), root, method, "SRResNet", **changes))
-        for iteration in range(1, 3 * STAGE + 2):
-            iterate(model, range(iteration, iteration + 1), rank)
-            trained = [p for p in model.net.parameters() if p.requires_grad]
-            assert all(p.grad is not None for p in trained), f"{method}: a parameter got no gradient"
-            state = torch.cat([value.detach().double().flatten() for value in model.net.state_dict().values()])
-            first = state.clone()
-            dist.broadcast(first, src=0)
-            assert bool(torch.isfinite(state).all()), f"{method}: not finite at iteration {iteration}"
-            names = [key for key, value in model.net.state_dict().items() for _ in range(value.numel())]
-            apart = sorted({name for name, same in zip(names, (first == state).tolist()) if not same})
-            # Batch norm statistics are those of each process, as in the host.
-            apart = [name for name in apart if "running_" not in name]
-            assert not apart, f"{method}: processes differ at iteration {iteration}: {apart[:5]}"
-        print(f"same on {world} processes: {method}", flush=True)
+    changes = {"dist": True, "rank": rank, "world_size": world}
+    model = build_model(options(data, Path.cwd(), method, backbone, **changes))
+    run = f"{method} {backbone}"
+    for iteration in range(1, 3 * STAGE + 2):
+        iterate(model, range(iteration, iteration + 1), rank)
+        trained = [p for p in model.net.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in trained), f"{run}: a parameter got no gradient"
+        state = torch.cat([value.detach().double().flatten() for value in model.net.state_dict().values()])
+        first = state.clone()
+        dist.broadcast(first, src=0)
+        assert bool(torch.isfinite(state).all()), f"{run}: not finite at iteration {iteration}"
+        names = [key for key, value in model.net.state_dict().items() for _ in range(value.numel())]
+        apart = sorted({name for name, same in zip(names, (first == state).tolist()) if not same})
+        # Batch norm statistics are those of each process, as in the host.
+        apart = [name for name in apart if "running_" not in name]
+        assert not apart, f"{run}: processes differ at iteration {iteration}: {apart[:5]}"
+    print(f"same on {world} processes: {run}", flush=True)
+
+
+def main() -> None:
+    """Every recipe on every backbone."""
+    dist.init_process_group("gloo")
+    for backbone in BACKBONES:
+        for method in list_methods():
+            stay_the_same(Path(sys.argv[1]), method, backbone)
     dist.barrier()
 
 

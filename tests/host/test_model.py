@@ -284,3 +284,118 @@ def test_distillation_compares_with_the_float_network(data: Path, tmp_path: Path
     same = model_of(data, tmp_path, path=path, recipe={"losses": [{"type": "SKTLoss"}], "bits": bits})
     step(same, 1)
     assert same.log_dict["l_sktloss"] == 0
+
+
+DEPTHS = {"base": "percentile", "depth": {"role": "block"}, "losses": []}
+
+
+def test_resumed_run_that_starts_with_several_depths_keeps_its_ranking(data: Path, tmp_path: Path) -> None:
+    recipe = {**DEPTHS, "stages": [{"depths": [1.0, 0.5], "lr": {"weights": 1e-3, "others": 1e-1}}]}
+    model = model_of(data, tmp_path, recipe=recipe)
+    step(model, 1)
+    with torch.no_grad():  # another order by size than the one in use
+        model.net.body[0].shortcut_scale.fill_(9.0)
+    order = model.net.block_order.tolist()
+    model.save(0, 1)
+    path = {"pretrain_network_g": str(tmp_path / "models/net_g_1.pth"), "param_key_g": "params"}
+    again = model_of(data, tmp_path, recipe=recipe, path=path)
+    again.resume_training(harness.read(tmp_path / "states/1.state"))
+    step(again, 2)
+    assert again.net.block_order.tolist() == order
+
+
+def test_blocks_are_ranked_when_several_depths_begin(data: Path, tmp_path: Path) -> None:
+    lr = {"weights": 1e-3, "others": 1e-3}
+    recipe = {**DEPTHS, "stages": [{"iters": 1, "lr": lr}, {"depths": [1.0, 0.5], "lr": lr}]}
+    model = model_of(data, tmp_path, recipe=recipe)
+    with torch.no_grad():
+        model.net.body[0].shortcut_scale.fill_(9.0)
+    step(model, 1)
+    assert model.net.block_order.tolist() == [0, 1]
+    step(model, 2)
+    assert model.net.block_order.tolist() == [1, 0]
+    assert {"l_pix", "l_pix_1blocks"} <= set(model.log_dict)
+    places = model.range_statistics.places
+    assert any(place.startswith("body.0.") for place in places), "the record is that of the full depth"
+
+
+def test_validation_holds_no_pairs(data: Path, tmp_path: Path) -> None:
+    model = model_of(data, tmp_path, recipe={"base": "odm", "stages": [{}]}, train={"ema_decay": 0})
+    step(model, 1)
+    assert model.net.last_record().pairs and not hasattr(model, "net_g_ema")
+    seen = []
+
+    def tested() -> None:
+        seen.append(dict(model.net.last_record().pairs))
+        type(model).test(model)
+        seen.append(dict(model.net.last_record().pairs))
+
+    model.test = tested
+    image = {"lq": torch.rand(1, 3, 8, 8), "gt": torch.rand(1, 3, 32, 32), "lq_path": ["a.png"], "gt_path": ["a.png"]}
+    dataset = type("OneImage", (list,), {"opt": {"name": "tinyval"}})([image])
+    model.validation(torch.utils.data.DataLoader(dataset, batch_size=None), 1, None)
+    assert seen == [{}, {}]
+    step(model, 2)
+    assert model.net.last_record().pairs
+
+
+def test_an_impossible_depth_is_told_before_the_training(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="depth is 9; this EDSR has 2 blocks"):
+        model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]}, val={"depth": 9})
+
+
+def test_parts_of_a_recipe_without_effect_are_told(data: Path, tmp_path: Path, caplog) -> None:
+    model_of(data, tmp_path, recipe={"base": "odm", "losses": [], "stages": [{"train": ["weights"], "gated": True}]})
+    told = caplog.text
+    assert "recipe.losses has none" in told and "stages[0].gated has no effect" in told
+    assert "no stage trains the 8 parameters of the group 'ranges'" in told
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [({"train": ["others"]}, "this network has no such parameters. It has weights, ranges"), ({"train": []}, "train")],
+)
+def test_a_stage_that_trains_nothing_is_refused(data: Path, tmp_path: Path, stage: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        model_of(data, tmp_path, recipe={"stages": [stage]})
+
+
+def test_a_mean_has_no_gradient(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stages\[0\]: ranges that follow the mean .* take ranges, weight_ranges out"):
+        model_of(data, tmp_path, recipe={"base": "fqsr", "losses": [], "stages": [{"track_ranges": "mean"}]})
+
+
+def test_a_recipe_saved_before_an_option_existed_is_the_same_recipe(data: Path, tmp_path: Path) -> None:
+    model = model_of(data, tmp_path)
+    step(model, 1)
+    model.save(0, 1)
+    state = harness.read(tmp_path / "states/1.state")
+    for rules in state["recipe"]["placements"].values():
+        for rule in rules:
+            del rule["pad_first"]
+    for stage in state["recipe"]["stages"]:
+        del stage["gated"], stage["depths"]
+    model.resume_training(state)
+    state["recipe"]["bits"]["act"] = 3
+    with pytest.raises(OptionsError, match="recipe.bits.act: saved 3, now 4"):
+        model.resume_training(state)
+
+
+def test_float_activations_leave_pair_losses_without_work(data: Path, tmp_path: Path) -> None:
+    for base, loss in (("odm", "MismatchLoss"), ("fqsr", "CalibrationLoss")):
+        recipe = {"base": base, "placement": "body", "bits": {"weight": 32, "act": 32}, "stages": [{}]}
+        model = model_of(data, tmp_path, recipe={**recipe, "losses": [{"type": loss}]})
+        step(model, 1)
+        assert model.log_dict[f"l_{loss.lower()}"] == 0.0
+
+
+def test_options_for_a_slimmed_file_are_told(data: Path, tmp_path: Path) -> None:
+    from qsr_plugin import save_quantized, slim
+
+    model = model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]})
+    save_quantized(slim(model.net, 1), tmp_path / "slim.safetensors")
+    path = {"pretrain_network_g": str(tmp_path / "slim.safetensors")}
+    with pytest.raises(checkpoint.CheckpointError, match=r"write recipe: \{depth: \{kept: \[0\]\}\}"):
+        model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]}, path=path)
+    recipe = {**DEPTHS, "depth": {"role": "block", "kept": [0]}, "stages": [{}]}
+    assert len(model_of(data, tmp_path, recipe=recipe, path=path).net.block_order) == 1

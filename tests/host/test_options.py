@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qsr_plugin.options_file import OptionsError, load_options, options_folder
-from qsr_plugin.quant.recipe import RecipeError
+from qsr_plugin.options_file import (
+    OptionsError,
+    arch_options,
+    backbone_options,
+    load_options,
+    options_folder,
+    parse_bits,
+    scale_of,
+)
+from qsr_plugin.quant.recipe import RecipeError, load_recipe
 
 TRAIN = sorted((options_folder() / "train").glob("*/*.yml"))
 TEST = sorted((options_folder() / "test").glob("pams_*.yml"))
@@ -33,6 +41,52 @@ def test_only_a_base_line_changes_the_backbone() -> None:
     a, b = ((folder / f"{name}_x4_w4a4.yml").read_text().splitlines() for name in ("srresnet", "edsr_baseline"))
     different = [(x, y) for x, y in zip(a, b) if x != y and not x.startswith("name:")]
     assert different == [("  - ../../backbones/srresnet_x4.yml", "  - ../../backbones/edsr_baseline_x4.yml")]
+
+
+@pytest.mark.parametrize("method", ["linq", "dorefa", "fqsr", "pams", "lsq", "daq", "ddtb", "quantsr", "odm"])
+@pytest.mark.parametrize("backbone", ["edsr_baseline_x4", "edsr_small_x4", "srresnet_x4"])
+def test_every_method_has_files_for_two_and_four_bits(method: str, backbone: str) -> None:
+    """They differ in bits and name; and in batch norm, see below."""
+    two, four = (
+        load_options(options_folder() / "train" / method / f"{backbone}_w{bits}a{bits}.yml") for bits in (2, 4)
+    )
+    assert two["network_g"]["recipe"]["bits"] == {"weight": 2, "act": 2}
+    assert two["name"] == four["name"].replace("w4a4", "w2a2") == f"{method}_{backbone}_w2a2"
+    two["network_g"]["recipe"]["bits"], two["name"] = four["network_g"]["recipe"]["bits"], four["name"]
+    for stage in two["network_g"]["recipe"]["stages"]:
+        stage["freeze_batch_norm"] = False
+    assert two == four
+
+
+@pytest.mark.parametrize("method", ["linq", "pams"])
+def test_two_bits_with_ranges_of_the_largest_value_freeze_batch_norm(method: str) -> None:
+    """The stages are those of the recipe, with batch norm frozen in all of them."""
+    options = load_options(options_folder() / "train" / method / "srresnet_x4_w2a2.yml")
+    stages = load_recipe(options["network_g"]["recipe"]).stages
+    assert stages == tuple(one.model_copy(update={"freeze_batch_norm": True}) for one in load_recipe(method).stages)
+
+
+def test_a_backbone_by_name_or_file(tmp_path: Path) -> None:
+    """The block of a float network may stand alone or in that of a quantized one."""
+    shipped = backbone_options("edsr_small_x4")
+    assert shipped["num_feat"] == 32 and scale_of(shipped) == 4
+    plain = write(tmp_path / "plain.yml", yaml.safe_dump({"network_g": shipped}))
+    assert backbone_options(str(plain)) == shipped
+    with pytest.raises(OptionsError, match="unknown backbone 'edsr_smal_x4'. Did you mean 'edsr_small_x4'"):
+        backbone_options("edsr_smal_x4")
+    with pytest.raises(OptionsError, match=r"none\.yml has no network_g block"):
+        arch_options(str(write(tmp_path / "none.yml", "name: mine")))
+    assert scale_of({"type": "Mine", "scale": 3}) == 3
+    with pytest.raises(OptionsError, match="options of Mine name no scale: add upscale"):
+        scale_of({"type": "Mine"})
+
+
+def test_bits_in_short() -> None:
+    """Weights first; anything else is refused with an example."""
+    assert parse_bits("W4A6") == parse_bits("w4a6") == (4, 6)
+    for wrong in ("4", "W4", "A4W4", "W4A4 "):
+        with pytest.raises(OptionsError, match=f"bits are '{wrong}'; expected .* W4A4"):
+            parse_bits(wrong)
 
 
 def write(path: Path, text: str) -> Path:

@@ -116,14 +116,17 @@ def test_bits_per_image_equal_the_images_one_by_one(branch: str) -> None:
         assert torch.allclose(together[image : image + 1], q(x[image : image + 1], bits), atol=1e-6)
 
 
-def test_a_quantized_sigma_below_zero_gives_way_to_the_sigma_itself() -> None:
-    """The grid of the sigmas 0.01, 1, 1, 1, 1 puts the first one at -0.1, which would turn its channel's grid around."""
+@pytest.mark.parametrize(
+    ("sigmas", "sigma_bits"), [([0.01, 1.0, 1.0, 1.0, 1.0], 4), ([0.0086, 0.09, 0.94, 0.13, 6.2], 2)]
+)
+def test_a_quantized_sigma_below_zero_gives_way_to_the_sigma_itself(sigmas: list[float], sigma_bits: int) -> None:
+    """The grid of the sigmas puts the first one at -0.1 (or -0.66), which would make its channel one constant."""
     noise = torch.randn(1, 5, 20, 20, generator=torch.Generator().manual_seed(0))
-    x = noise * torch.tensor([0.01, 1.0, 1.0, 1.0, 1.0]).view(1, 5, 1, 1)
-    out, exact = daq(4)(x), daq(4, sigma_bits=32)(x)
-    narrow = slice(0, 1)
-    assert torch.equal(out[:, narrow], exact[:, narrow]) and not torch.equal(out, exact)
-    assert out[:, narrow].unique().numel() > 8
+    noise = (noise - noise.mean((2, 3), keepdim=True)) / noise.std((2, 3), keepdim=True)
+    x = noise * torch.tensor(sigmas).view(1, 5, 1, 1)
+    out, exact = daq(4, sigma_bits=sigma_bits)(x), daq(4, sigma_bits=32)(x)
+    assert torch.equal(out[:, :1], exact[:, :1]) and out[:, :1].unique().numel() > 8
+    assert not torch.equal(out[:, -1], exact[:, -1]), "the others have their quantized sigma"
 
 
 @pytest.mark.parametrize("branch", ["signed", "relu", "batch"])
@@ -171,6 +174,7 @@ def test_statistics_keep_their_precision_in_large_images() -> None:
 def test_what_is_stored_and_what_is_computed_at_run_time() -> None:
     assert daq(4).extra_storage_bits() == 0
     assert (daq(4).overhead_ops(100), daq(4, seen=RELU).overhead_ops(100)) == (700, 600)
+    assert DAQQuantizer(DAQQuantizer.Options(), (4,), "act", 1).overhead_ops(100) == 700, "before calibration"
     assert DAQWeightQuantizer(DAQWeightQuantizer.Options(), (4,), "weight", 0).overhead_ops(100) == 0
 
 

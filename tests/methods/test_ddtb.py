@@ -79,10 +79,15 @@ PERCENTILE_4 = [-1.0453334, -0.784, -0.6533334, -0.392, -0.2613333, 0, 0.2613333
 )
 def test_weights(bits: int, kind: str, want: list, slope: list) -> None:
     weight = torch.linspace(-1, 1, 11, requires_grad=True)
-    out = weight_quantizer(bits, range=kind, clamp_codes=False)(weight)
-    close(out, want)
-    out.sum().backward()
-    assert weight.grad.tolist() == [slope[0]] + [slope[1]] * 9 + [slope[0]]
+    step = {"percentile": 1.96, "minmax": 2.0}[kind] / (2**bits - 1)
+    # S u is half way between two codes; clamped to 2^b - 1 steps, the largest weight falls to the lower one.
+    strict = [*want[:-1], (2 ** (bits - 1) - 1) * step]
+    for clamp, levels in ((False, want), (True, strict)):
+        out = weight_quantizer(bits, range=kind, clamp_codes=clamp)(weight)
+        close(out, levels)
+        (grad,) = torch.autograd.grad(out.sum(), weight)
+        assert grad.tolist() == [slope[0]] + [slope[1]] * 9 + [slope[0]]
+    assert weight_quantizer(bits, range=kind)(weight)[-1] == out[-1], "clamped is the default"
 
 
 def test_a_weight_on_a_percentile_bound_counts_half() -> None:
@@ -365,6 +370,26 @@ def test_all_processes_choose_the_same_places(monkeypatch) -> None:
     assert [part.site for part in parts if part.dynamic] == ["p1"]
 
 
+def test_calibrating_again_switches_the_gates_off(caplog) -> None:
+    """Other places may be dynamic then, with gates that never learned."""
+    parts, x = [place(f"p{i}", 1.0, 1.0 + i, dynamic_ratio=0.5) for i in range(4)], features()
+    DDTBQuantizer.settle(parts)
+    assert not caplog.records
+    for part in parts:
+        part.enter_stage(Stage(gated=True))
+    for part, scale in zip(parts, (9.0, 5.0, 2.0, 1.0)):
+        watch(part, x, x * scale)
+    DDTBQuantizer.settle(parts)
+    assert [part.site for part in parts if part.dynamic] == ["p0", "p1"]
+    assert len(caplog.records) == 1 and "switched all gates off" in caplog.text
+    loud = 9 * x
+    for part in parts:
+        assert not part.gate_on and part.qparams().qmax == 1, "a grid without a gate"
+        assert torch.equal(part(loud), quantize_between(loud, part.lower, part.upper, 2, True))
+    parts[0].enter_stage(Stage(gated=True))
+    assert not torch.equal(parts[0](loud), quantize_between(loud, parts[0].lower, parts[0].upper, 2, True))
+
+
 def test_a_single_calibration_batch_makes_nothing_dynamic_and_says_so(caplog) -> None:
     parts = [place(f"p{i}", 1.0) for i in range(4)]
     DDTBQuantizer.settle(parts)
@@ -393,12 +418,14 @@ def test_state_dict_and_average_bring_the_stage_and_the_dynamic_places() -> None
 
 def test_grid_and_storage_of_a_gated_place() -> None:
     q = ddtb(4)
-    assert q.extra_storage_bits() == 2 * 32
+    assert q.extra_storage_bits() == 2 * 32 and q.overhead_ops(100) == 0
     q = dynamic(q, gated=False)
     assert q.extra_storage_bits() == 2 * 32 + (2 * 32 * C + 32) + (2 * 2 * 32 + 32) + 4 * 32 * 32
-    assert q.qparams().qmax == 7
+    assert q.qparams().qmax == 7 and q.overhead_ops(100) == 0
+    q = dynamic(q, gated=True)
+    assert q.overhead_ops(100) == 100, "the mean that the gate reads"
     with pytest.raises(NotImplementedError, match=r"body\.0\.input: its gate makes a grid for each image"):
-        dynamic(q, gated=True).qparams()
+        q.qparams()
 
 
 @variants
@@ -466,10 +493,10 @@ def test_option_files_have_the_published_schedule_and_ratio(path) -> None:
     assert recipe.placement == ("body" if with_norm else "quantized_input")
     assert recipe.quantizers.act.extras() == {"dynamic_ratio": 0.1 if with_norm else 0.3}
     assert f"w{recipe.bits.weight}a{recipe.bits.act}" in path.stem
-    assert options["train"]["total_iter"] == 60000
+    assert options["train"]["total_iter"] == 59000
     assert options["train"]["scheduler"] == {
         "type": "MultiStepLR",
-        "milestones": [10000, 20000, 30000, 40000, 50000],
+        "milestones": [9000, 19000, 29000, 39000, 49000],
         "gamma": 0.5,
     }
 

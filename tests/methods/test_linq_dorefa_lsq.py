@@ -67,6 +67,25 @@ def test_linq_stores_a_step_per_weight_and_searches_each_activation() -> None:
     assert (weight.overhead_ops(100), act.overhead_ops(100)) == (0, 200)
 
 
+@pytest.mark.parametrize(
+    ("role", "mode", "per_sample", "want"),
+    [
+        ("act", "step", False, 8.0),
+        ("act", "evaluation", False, 2.0),
+        ("act", "alone", False, 2.0),
+        ("act", "step", True, 2.0),
+        ("weight", "step", False, 2.0),
+    ],
+)
+def test_linq_takes_the_largest_of_all_processes_in_a_step_only(
+    monkeypatch, role: str, mode: str, per_sample: bool, want: float
+) -> None:
+    monkeypatch.setattr("qsr_plugin.methods.linq_dorefa_lsq.max_over_ranks", lambda own: own * 4)
+    q = make(LinQQuantizer, 4, role, per_sample=per_sample).train(mode != "evaluation")
+    with torch.set_grad_enabled(mode != "alone"):
+        assert q.largest(torch.tensor([[-2.0, 1.0]])).item() == pytest.approx(want)
+
+
 # -- affine ----------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +175,23 @@ def test_dorefa_weights_have_no_zero() -> None:
         out = make(DoReFaWeightQuantizer, bits, "weight")(w)
         out.sum().backward()
         assert out.abs().max() < 1e-11 and w.grad.tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize(("rescale", "slope"), [(False, 1e3), (True, 1.0)])
+def test_dorefa_gradient_of_zero_weights_is_moderate(rescale: bool, slope: float) -> None:
+    w = torch.zeros(5, requires_grad=True)
+    out = make(DoReFaWeightQuantizer, 4, "weight", rescale=rescale)(w)
+    grad = torch.autograd.grad(out.sum(), w)[0]
+    assert grad.tolist() == pytest.approx([slope] * 5)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_dorefa_small_weights_reach_the_outermost_levels(rescale: bool) -> None:
+    w = torch.tensor([-2e-3, 1e-3, 2e-3])
+    out = make(DoReFaWeightQuantizer, 2, "weight", rescale=rescale)(w)
+    close(out / (2e-3 if rescale else 1.0), [-1, 1 / 3, 1], digits=6)
+    tiny = torch.tensor([-2e-6, 2e-6])
+    close(make(DoReFaWeightQuantizer, 2, "weight")(tiny) / 2e-6, [-1, 1], digits=6)
 
 
 def test_dorefa_activations_as_published() -> None:

@@ -29,6 +29,13 @@ def in_the_last_stage(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if id(parameter) not in idle}
 
 
+@methods
+def test_every_recipe_can_be_compared_at_equal_places(method: str) -> None:
+    rules = load_recipe(method, placement="body").rules
+    assert {(rule.role, rule.port) for rule in rules} == {("block.conv", "input"), ("block.conv", "weight")}
+    assert all(rule.quantizer is None and rule.bits is None for rule in rules) and len(rules) == 2
+
+
 @backbones
 @pytest.mark.parametrize(("method", "placement"), CASES)
 def test_one_training_step(tiny_net, images, method: str, placement: str, backbone: str) -> None:

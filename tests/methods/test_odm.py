@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from qsr_plugin.losses.context import StepContext
 from qsr_plugin.losses.cooperative import combine, similarity
 from qsr_plugin.losses.mismatch_loss import PUBLISHED_PIXELS, MismatchLoss
 from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer
 from qsr_plugin.methods.odm import ClipCorrectedQuantizer
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import load_recipe
+from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Cooperative
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 
 X = [-0.4, 0.1, 0.35, 0.8, 1.7]
-RESIDUAL = [-0.2, -0.1, 0.15, 0.2, 0.7]
 
 
 def close(got: Tensor, want: list[float], digits: int = 6) -> None:
@@ -56,16 +57,29 @@ def test_mismatch_and_both_readings_of_its_gradient(
         assert (got is None) if want is None else (got.item() == pytest.approx(want, abs=1e-6))
 
 
+def step_with(pairs: dict, pixels: int) -> StepContext:
+    image = torch.zeros(1, 3, 8, 8)
+    return StepContext(image, image, ForwardRecord(1, pixels=pixels, keep_pairs=True, pairs=pairs))
+
+
 def test_mismatch_sums_layers_and_is_scaled_to_the_published_batch() -> None:
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    loss = MismatchLoss(loss_weight=1.0)
-    one = loss.distance([(x, torch.zeros_like(x))])
-    assert one.item() == pytest.approx(x.norm().item() * (PUBLISHED_PIXELS / (2 * 36)) ** 0.5, rel=1e-5)
-    assert loss.distance([(x, torch.zeros_like(x))] * 3).item() == pytest.approx(3 * one.item(), rel=1e-6)
+    fine = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(1))
+    loss, scale = MismatchLoss(loss_weight=2.0), (PUBLISHED_PIXELS / (2 * 36)) ** 0.5
+    one = loss(step_with({"a.input": (x, 0 * x), "a.weight": (fine, 0 * fine)}, 2 * 36))
+    assert one.item() == pytest.approx(2 * x.norm().item() * scale, rel=1e-5), "weights are left out"
+    both = loss(step_with({"a.input": (x, 0 * x), "up.input": (fine, 0 * fine)}, 2 * 36))
+    assert both.item() == pytest.approx(2 * (x.norm() + fine.norm()).item() * scale, rel=1e-5), (
+        "one scale for all layers"
+    )
     twice = torch.cat([x, x])  # a larger batch of the same images weighs the same
-    assert loss.distance([(twice, torch.zeros_like(twice))]).item() == pytest.approx(one.item(), rel=1e-6)
-    tokens = x.flatten(2).transpose(1, 2)
-    assert loss.distance([(tokens, torch.zeros_like(tokens))]).item() == pytest.approx(one.item(), rel=1e-6)
+    assert loss(step_with({"a.input": (twice, 0 * twice)}, 4 * 36)).item() == pytest.approx(one.item(), rel=1e-6)
+    plain = MismatchLoss(loss_weight=2.0, reference_pixels=None)
+    assert plain(step_with({"a.input": (x, 0 * x)}, 72)).item() == pytest.approx(2 * x.norm().item(), rel=1e-6)
+
+
+def test_mismatch_of_float_activations_is_nothing() -> None:
+    assert MismatchLoss()(step_with({}, 64)).item() == 0.0
 
 
 def test_mismatch_of_a_layer_on_its_grid_has_a_finite_gradient() -> None:

@@ -213,6 +213,29 @@ def test_bfloat16_is_shifted_in_float32() -> None:
     assert q(x).dtype == torch.bfloat16 and torch.equal(q(x), q(x.float()).bfloat16())
 
 
+def test_the_grid_applies_to_the_shifted_activation() -> None:
+    q, x = calibrate_on(act(4, channels=2), torch.rand(1, 2, 3, 3)), torch.rand(1, 2, 3, 3)
+    with torch.no_grad():
+        q.tau.copy_(torch.tensor([0.5, -0.25]))
+    shifted = q.on_grid(x)
+    assert torch.equal(shifted, x + q.tau.view(1, 2, 1, 1))
+    grid = q.qparams()
+    codes = (shifted / grid.scale).round().clamp(grid.qmin, grid.qmax)
+    assert torch.equal(q(x), codes * grid.scale)
+    weights = torch.rand(3)
+    assert weight(4).on_grid(weights) is weights
+
+
+def test_gradient_scale_counts_the_activations_of_all_processes_but_a_weight_once(monkeypatch) -> None:
+    x, slopes = torch.rand(2, 1, 3, 3) + 0.1, {}
+    for count in (1, 4):
+        monkeypatch.setattr("qsr_plugin.methods.quantsr.world_size", lambda n=count: n)
+        for q in (calibrate_on(act(4), x), calibrate_on(weight(4), x)):
+            slopes[q.role, count] = torch.autograd.grad(q(x).sum(), q.step)[0].item()
+    assert slopes["act", 4] == pytest.approx(slopes["act", 1] / 2) and slopes["act", 1] != 0
+    assert slopes["weight", 4] == slopes["weight", 1]
+
+
 # -- in a network ----------------------------------------------------------------------------------------------------
 
 

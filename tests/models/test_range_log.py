@@ -33,6 +33,28 @@ def test_ranges_and_clipped_shares_of_every_place(tiny_net, images) -> None:
     assert any(line.startswith("body.0.conv1.input: ") and line.endswith("% clipped") for line in found.lines())
 
 
+def test_the_grid_is_compared_with_what_it_applies_to(tiny_net, images) -> None:
+    recipe = load_recipe({"base": "quantsr", "depth": None, "stages": [{}]}, weight_bits=4, act_bits=4)
+    net = calibrate(quantize_model(tiny_net("EDSR"), recipe), images)
+    with torch.no_grad():
+        net.body[0].conv1.quantizer("input").tau.fill_(1e3)
+    net.keep_pairs = True
+    net(images[0])
+    assert range_statistics(net, net.last_record()).scalars()["clipped/body.0.conv1.input"] == 1.0
+
+
+def test_places_with_a_grid_per_image_show_what_came_out(tiny_net, images) -> None:
+    net = calibrate(quantize_model(tiny_net("EDSR"), load_recipe("daq", weight_bits=4, act_bits=4)), images)
+    net.keep_pairs = True
+    net(images[0])
+    found = range_statistics(net, net.last_record())
+    _, quantized = net.last_record().pairs["body.0.conv1.input"]
+    scalars = found.scalars()
+    assert scalars["range_upper/body.0.conv1.input"] == quantized.max().item()
+    assert "clipped/body.0.conv1.input" not in scalars and "clipped/body.0.conv1.weight" in scalars
+    assert 0 <= found.mean_clipped() <= 1 and any("grid per image" in line for line in found.lines())
+
+
 def test_a_network_without_pairs_says_nothing(tiny_net, images) -> None:
     net = calibrate(quantize_model(tiny_net("EDSR"), "minmax"), images)
     net(images[0])

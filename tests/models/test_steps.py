@@ -87,12 +87,24 @@ def test_layers_after_the_last_quantized_one_are_left_to_the_reconstruction(net,
 
 
 def test_frozen_weights_leave_the_regularizer_without_effect(net, images) -> None:
-    groups = parameter_groups(net)
+    first, _ = separate(net, images[0], 1e-3)
+    groups, names = parameter_groups(net), {id(p): name for name, p in net.named_parameters()}
     for p in groups["weights"]:
         p.requires_grad_(False)
     steps.cooperative(losses_of(net, images[0], 1e-3), ["l_m"], net, Cooperative())
     assert all(p.grad is None for p in groups["weights"])
-    assert all(p.grad is not None for p in groups["ranges"])
+    for p in groups["ranges"]:
+        assert torch.allclose(p.grad, first[names[id(p)]], rtol=1e-4, atol=1e-8)
+
+
+def test_a_regularizer_without_graph_and_a_parameter_without_use(net, images) -> None:
+    first, _ = separate(net, images[0], 1e-3)
+    net.unused = nn.Parameter(torch.ones(2))
+    losses = losses_of(net, images[0], 1e-3)
+    losses["l_m"] = torch.zeros(())  # activations are float
+    steps.cooperative(losses, ["l_m"], net, Cooperative())
+    assert net.unused.grad.tolist() == [0.0, 0.0]
+    assert torch.allclose(net.conv_first.weight.grad, first["conv_first.weight"], rtol=1e-5)
 
 
 def test_several_depths_share_one_batch(tiny_net, images) -> None:

@@ -12,7 +12,7 @@ from mmengine.analysis import FlopAnalyzer
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import Tensor, nn
 
-from qsr_plugin import complexity, list_backbones, list_methods, load_recipe, quantize_model
+from qsr_plugin import complexity, list_backbones, list_methods, load_recipe, quantize_model, set_depth
 from qsr_plugin.quant.policy import POLICIES, BitDecision, BitPolicy
 from qsr_plugin.quant.record import ForwardRecord, float_mode
 from qsr_plugin.quant.sites import MatMul
@@ -112,6 +112,39 @@ def test_published_figures_of_the_cadyq_convention() -> None:
     assert report.bitops == report.bitops_quantized == 2 * 32 * BODY_CONV / 16
     assert report.bitops / 1e9 == pytest.approx(8.49, abs=0.005)
     assert report.bitops * 16 / 1e9 == pytest.approx(135.90, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("bits", "share", "parameters", "operations"),
+    [
+        (4, 4 / 32, (450.4, 303.0, 229.2), (29.9, 20.2, 15.4)),
+        (2, 1 / 128, (169.6, 160.4, 155.8), (11.5, 10.9, 10.6)),  # as printed
+        (2, 2 / 32, (300.7, 226.9, 190.1), (20.1, 15.2, 12.8)),  # by the printed rule, bits / 32
+    ],
+)
+def test_published_figures_of_quantsr(
+    bits: int, share: float, parameters: tuple[float, ...], operations: tuple[float, ...]
+) -> None:
+    """Qin et al., NeurIPS 2023, Table 2: thousands of parameters and G operations of 32, 16 and 8 blocks.
+
+    They hold for scale 2 and a 256 x 256 image: weights of convolutions without biases, a MAC or the addition of a bias
+    as one operation, both times ``share`` in quantized layers, of which the convolution that ends the body is one.
+    """
+    body_end = [{"role": "body_end", "port": port} for port in ("input", "weight")]
+    rules = [*load_recipe("quantsr").to_dict()["placements"]["body"], *body_end]
+    recipe = load_recipe("quantsr", placement="table", placements={"table": rules}, weight_bits=bits, act_bits=bits)
+    net = quantize_model(build_backbone({**EDSR_BASELINE, "num_block": 32, "upscale": 2}), recipe)
+    for blocks, thousands, giga in zip((32, 16, 8), parameters, operations):
+        layers = []
+        for site in complexity(set_depth(net, blocks), (256, 256)).sites:
+            weight = net.get_submodule(site.name).weight
+            outputs = site.macs * weight.shape[0] // weight.numel()
+            assert site.weight_bits == site.act_bits == (bits if site.quantized else 32)
+            factor = share if site.quantized else 1.0
+            layers.append((factor * weight.numel(), factor * (site.macs + outputs), site.quantized))
+        assert sum(quantized for *_, quantized in layers) == 2 * blocks + 1
+        assert sum(numbers for numbers, *_ in layers) / 1e3 == pytest.approx(thousands, abs=0.051)
+        assert sum(spent for _, spent, _ in layers) / 1e9 == pytest.approx(giga, abs=0.051)
 
 
 @pytest.mark.parametrize("backbone", list_backbones())

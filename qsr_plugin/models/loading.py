@@ -1,0 +1,77 @@
+"""Where a run's network comes from: a quantized checkpoint, or float weights and a calibration."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from torch import nn
+
+from qsr_plugin import checkpoint
+from qsr_plugin.data.calibration_set import calibration_batches
+from qsr_plugin.models.run_state import changed_keys, completed
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.schema import Recipe
+from qsr_plugin.quant.surgery import quantizers
+
+logger = logging.getLogger("basicsr")
+
+
+class Loading:
+    """Mixin of the model: reads ``path.pretrain_network_g``, or ``path.pretrain_network_float`` and calibrates."""
+
+    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str = "params") -> None:
+        """Load a quantized checkpoint, ``.pth`` of a training or ``.safetensors``, strictly."""
+        net = self.get_bare_model(net)
+        content, metadata = checkpoint.read_file(load_path)
+        self._compare_recipes(net.recipe, metadata, load_path)
+        state = checkpoint.state_dict_in(content, load_path, prefer=param_key or "params")
+        problems = checkpoint.key_differences(net.state_dict(), state)
+        if problems and not any("_quantizer." in key for key in state):
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} is a float checkpoint. Give it as path.pretrain_network_float."
+            )
+        if problems:
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} does not fit recipe and backbone:\n  "
+                + "\n  ".join(problems[:8])
+                + _slimmed(json.loads(metadata.get("recipe", "{}")))
+            )
+        net.load_state_dict(state)
+        logger.info("Loaded %d of %d keys from %s [%s].", len(state), len(state), load_path, param_key)
+
+    def _compare_recipes(self, own: Recipe, metadata: dict[str, str], load_path: str) -> None:
+        """A checkpoint of other bits fits every key, and would give plausible scores of the wrong network."""
+        if "recipe" not in metadata:
+            return
+        saved, wanted = completed(json.loads(metadata["recipe"])), own.to_dict()
+        parts = ("method", "bits", "placement", "placements", "quantizers", "policy", "depth")
+        changed = changed_keys({key: saved.get(key) for key in parts}, {key: wanted.get(key) for key in parts})
+        if changed and not self.is_train:
+            raise checkpoint.CheckpointError(
+                f"path.pretrain_network_g: {load_path} was made with another recipe:\n  "
+                + "\n  ".join(changed[:8])
+                + _slimmed(saved)
+            )
+        for line in changed:
+            logger.warning("%s starts from another recipe: %s", load_path, line)
+
+    def _prepare_network(self) -> None:
+        """Float weights and ranges, unless a quantized checkpoint brought both."""
+        path = self.opt["path"]
+        if path.get("pretrain_network_g"):
+            return
+        float_path = path.get("pretrain_network_float")
+        if float_path:
+            checkpoint.load_float_weights(self.net, float_path)
+        else:
+            logger.warning("path.pretrain_network_float is not set: the float weights are random.")
+        if any(quantizer.needs_calibration for _, quantizer in quantizers(self.net)):
+            calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
+
+
+def _slimmed(recipe: dict[str, Any]) -> str:
+    """What to write into the options for a file of a slimmed network; nothing for others."""
+    kept = (recipe.get("depth") or {}).get("kept")
+    return f"\nThis file holds a slimmed network: write recipe: {{depth: {{kept: {list(kept)}}}}}" if kept else ""
