@@ -12,6 +12,7 @@ method that fails becomes a row that says why, and is tried again by the next ca
 
 How a published run becomes a short one, the same for all methods:
 
+* The recipe is that of the method's option file for the backbone in options/train, else the shipped one.
 * Stages keep their share of the run: published length x iterations / published total, at least 10 iterations. The total
   is that of the method's option files for the backbone in options/train, else of any of its, else of qat.yml.
 * Learning rates of activation ranges x published total / iterations: with Adam they then can travel as far as in the

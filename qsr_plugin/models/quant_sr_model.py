@@ -87,9 +87,7 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         self.losses = build_step_losses(self.recipe.losses, self.device)
         self.regularizers = [name for name, loss in self.losses.items() if loss.regularizer]
         if self.recipe.cooperative is not None and not self.regularizers:
-            logger.warning(
-                "recipe.cooperative weights gradients of regularizing losses, and recipe.losses has none."
-            )
+            logger.warning("recipe.cooperative weights gradients of regularizing losses, and recipe.losses has none.")
         self.range_statistics: RangeStatistics | None = None
         self._tap_features(self.net)
         self._prepare_network()

@@ -105,6 +105,15 @@ def published_iterations(method: str, backbone: str) -> int:
     return assemble(folder / "qat.yml")["train"]["total_iter"]
 
 
+def published_recipe(method: str, backbone: str, bits: str) -> str | Mapping[str, Any]:
+    """The recipe as a method's option file for a backbone has it, of these bits or of 4; else the recipe itself."""
+    for width in (bits.lower(), "w4a4"):
+        path = options_folder() / "train" / method / f"{backbone}_{width}.yml"
+        if path.is_file():
+            return assemble(path)["recipe"]
+    return method
+
+
 def shared_options(settings: Settings) -> dict[str, Any]:
     """Options of a training without its recipe, in the host's layout; ``network_g`` holds the backbone.
 
@@ -148,7 +157,8 @@ def training_options(settings: Settings, method: str, bits: str, span: float) ->
     """
     weight_bits, act_bits = parse_bits(bits)
     chosen = {"placement": COMMON_PLACEMENT} if settings.placement == "same" else {}
-    recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **chosen)
+    source = published_recipe(method, Path(settings.backbone).stem, bits)
+    recipe = load_recipe(source, weight_bits=weight_bits, act_bits=act_bits, **chosen)
     options = shared_options(settings)
     network = options["network_g"]
     budget = Budget(

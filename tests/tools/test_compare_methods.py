@@ -18,7 +18,7 @@ from qsr_plugin import list_methods, load_quantized, load_recipe
 from qsr_plugin.options_file import OptionsError, assemble, options_folder
 from qsr_plugin.report import comparison_options, comparison_runs
 from qsr_plugin.report.comparison import Row
-from qsr_plugin.report.comparison_options import ComparisonError, Settings, training_options
+from qsr_plugin.report.comparison_options import ComparisonError, Settings, published_recipe, training_options
 from qsr_plugin.watched_run import Step, TrainingError
 from tests.host.harness import write_data, write_photos
 from tests.tools.conftest import TinyNetwork
@@ -73,6 +73,15 @@ def test_options_of_a_training(settings: Settings) -> None:
     other = training_options(settings, "omse", "W2A3", 60.0)
     same = ("scale", "datasets", "train", "logger", "path", "manual_seed")
     assert {key: options[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_a_recipe_is_that_of_the_option_file_for_the_backbone(settings: Settings) -> None:
+    """DDTB quantizes other places of networks with batch norm; PAMS freezes theirs at 2 bits, and at 2 bits only."""
+    ddtb, plain = (published_recipe("ddtb", backbone, "W3A3") for backbone in ("srresnet_x4", "edsr_small_x4"))
+    assert (ddtb["placement"], plain["placement"]) == ("body", "quantized_input")
+    assert all(stage["freeze_batch_norm"] for stage in published_recipe("pams", "srresnet_x4", "W2A2")["stages"])
+    assert "freeze_batch_norm" not in published_recipe("pams", "srresnet_x4", "W4A4")["stages"][0]
+    assert published_recipe("pams", "another_net", "W4A4") == "pams"
 
 
 def test_same_placement_is_the_common_one(settings: Settings) -> None:
