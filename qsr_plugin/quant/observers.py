@@ -7,7 +7,7 @@ statistics are plain functions; how batches are joined is the same moving averag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, Union
 
 import numpy as np
@@ -43,12 +43,28 @@ def quantiles(x: Tensor, *qs: float) -> tuple[Tensor, ...]:
     flat = x.detach().float().flatten()
     positions = [q * (flat.numel() - 1) for q in qs]
     ranks = sorted({rank for position in positions for rank in (math.floor(position), math.ceil(position))})
-    if flat.device.type == "cpu":
-        ordered = torch.from_numpy(np.partition(flat.numpy(), ranks))  # NaN sorts last, and so shows at the top
-    else:
-        ordered = flat.sort().values
-    values = {rank: ordered[rank] for rank in ranks}
+    values = _order_statistics(flat, ranks)
     return tuple(torch.lerp(values[math.floor(p)], values[math.ceil(p)], p - math.floor(p)) for p in positions)
+
+
+def _order_statistics(flat: Tensor, ranks: Sequence[int]) -> dict[int, Tensor]:
+    """Values at ranks of the ascending order, NaN last; those near an end without ordering the rest."""
+    count = flat.numel()
+    tail = max(1, count // 32)
+    low, high = [r for r in ranks if r < tail], [r for r in ranks if r >= count - tail]
+    values: dict[int, Tensor] = {}
+    if low:
+        smallest = flat.topk(low[-1] + 1, largest=False).values
+        values.update({rank: smallest[rank] for rank in low})
+    if high:
+        largest = flat.topk(count - high[0]).values
+        values.update({rank: largest[count - 1 - rank] for rank in high})
+    rest = [rank for rank in ranks if rank not in values]
+    if rest:
+        on_cpu = flat.device.type == "cpu"
+        ordered = torch.from_numpy(np.partition(flat.numpy(), rest)) if on_cpu else flat.sort().values
+        values.update({rank: ordered[rank] for rank in rest})
+    return values
 
 
 def percentile(x: Tensor, alpha: float = 0.99) -> Range:

@@ -241,12 +241,13 @@ def _shares(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> tuple[Tensor
         side = torch.maximum(x, lower)
         side = torch.sub(x, torch.minimum(side, upper, out=side), out=side).sign_()
         return side.abs().neg_().add_(1.0), side
-    inside, side = torch.sub(x, lower).sign_(), torch.sub(upper, x).sign_()
-    inside.add_(side)  # 2 inside, 1 on a bound, 0 outside
-    side.mul_(-2).add_(inside)  # 0 inside, +-1 on a bound, +-2 outside
+    side = torch.sub(x, lower).sign_()
+    side.add_(torch.sub(x, upper).sign_())  # 0 inside, +-1 on a bound, +-2 outside
     if ties == "split":
-        return inside.mul_(0.5), side.mul_(0.5)
-    return inside.sub_(1.0).clamp_(min=0.0), side.clamp_(-1.0, 1.0)
+        side.mul_(0.5)
+        return side.abs().neg_().add_(1.0), side
+    side.clamp_(-1.0, 1.0)
+    return side.abs().neg_().add_(1.0), side
 
 
 def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
