@@ -74,6 +74,7 @@ class DAQQuantizer(Quantizer):
 
     bits_span = (2, 9)
     roles = ("act",)
+    decisions = ("starts_at_zero",)
     starts_at_zero: Tensor
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
@@ -154,15 +155,6 @@ class DAQQuantizer(Quantizer):
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Decide the formula."""
         self.starts_at_zero.copy_(low == 0)
-        self._starts_at_zero = bool(self.starts_at_zero)
-
-    def follow(self, other: DAQQuantizer) -> None:
-        """Take over the decision as well."""
-        super().follow(other)
-        self._starts_at_zero = other._starts_at_zero
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
         self._starts_at_zero = bool(self.starts_at_zero)
 
     def overhead_ops(self, numel: int) -> int:

@@ -48,6 +48,7 @@ class FQSRQuantizer(Quantizer):
         range: Literal["auto", "full", "half"] = "auto"
 
     tracking = "mean"
+    decisions = ("non_negative",)
     non_negative: Tensor
     tracked: Tensor
 
@@ -100,15 +101,6 @@ class FQSRQuantizer(Quantizer):
         """Keep the interval positive."""
         with torch.no_grad():
             self.interval.clamp_(min=TINY_RANGE)
-
-    def follow(self, other: FQSRQuantizer) -> None:
-        """Take over the choice of half or full range as well."""
-        super().follow(other)
-        self._non_negative = other._non_negative
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._non_negative = bool(self.non_negative)
 
     def qparams(self, bits: int | None = None) -> QParams:
         """Grid at one bit width; in full range the zero point lies between two codes."""

@@ -81,6 +81,9 @@ class Quantizer(nn.Module):
     tracking: ClassVar[Literal["momentum", "mean", None]] = None
     #: Whether there is a gate that can rescale the range for each image.
     gated: ClassVar[bool] = False
+    #: Names of 0-d bool buffers that calibration decides. Each has a mirror ``_<name>`` for Python, so that no forward
+    #: asks the device; it follows loading and averaging by itself.
+    decisions: ClassVar[tuple[str, ...]] = ()
     #: Whether activations get a number per channel: the constructor then takes how many as ``channels``.
     per_channel: ClassVar[bool] = False
 
@@ -235,6 +238,8 @@ class Quantizer(nn.Module):
     def follow(self, other: Quantizer) -> None:
         """Take over whether ``other`` is calibrated; its tensors are copied by whoever averages them."""
         self._ready = other._ready
+        for name in self.decisions:
+            setattr(self, f"_{name}", getattr(other, f"_{name}"))
 
     def enter_stage(self, stage: Stage) -> None:
         """Take on what a stage of the training says about ranges."""
@@ -268,6 +273,8 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.needs_calibration:
             self._ready = bool(self.calibrated)
+        for name in self.decisions:
+            setattr(self, f"_{name}", bool(getattr(self, name)))
 
     def extra_repr(self) -> str:
         """Bits and role, for printing a network."""

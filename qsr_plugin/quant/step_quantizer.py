@@ -24,6 +24,7 @@ class SignedByData(Quantizer):
         signed: 0-d bool buffer, the decision as the state dict carries it.
     """
 
+    decisions = ("signed",)
     signed: Tensor
 
     def __init__(self, options: StrictOptions, candidates: tuple[int, ...], role: Role, channel_axis: int) -> None:
@@ -35,15 +36,6 @@ class SignedByData(Quantizer):
         """Sign the codes if the observed range reaches below zero."""
         self._signed = self.role == "weight" or bool(low < 0)
         self.signed.fill_(self._signed)
-
-    def follow(self, other: SignedByData) -> None:
-        """Take over state and sign of another quantizer."""
-        super().follow(other)
-        self._signed = other._signed
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._signed = bool(self.signed)
 
 
 class StepQuantizer(SignedByData):
