@@ -75,9 +75,7 @@ def tradeoff_plot(rows: Sequence[Row], x: str, y: str, path: str | Path, *, titl
         ValueError: For an unknown key, another ending, or no row to draw.
         OSError: If the file cannot be written.
     """
-    for key in (x, y):
-        if key not in AXES:
-            raise ValueError(f"no axis '{key}'. {suggest(key, AXES)}")
+    _check_axes(x, y)
     drawn = [row for row in rows if all(_number(row.get(key)) for key in (x, y))]
     _check(path, drawn, f"{x} and {y}")
     figure, axes = _figure(title, _HEIGHT)
@@ -108,8 +106,7 @@ def gain_plot(rows: Sequence[Row], y: str, path: str | Path, *, title: str = "")
         ValueError: For an unknown key, another ending, or no row to draw.
         OSError: If the file cannot be written.
     """
-    if y not in AXES:
-        raise ValueError(f"no axis '{y}'. {suggest(y, AXES)}")
+    _check_axes(y)
     drawn = [row for row in rows if _number(row.get(y)) and _number((row.get("start") or {}).get(y))]
     _check(path, drawn, f"{y} before and after a training")
     figure, axes = _figure(title, 1.15 + 0.3 * len(drawn))
@@ -151,6 +148,12 @@ def gain_plot(rows: Sequence[Row], y: str, path: str | Path, *, title: str = "")
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _check_axes(*keys: str) -> None:
+    for key in keys:
+        if key not in AXES:
+            raise ValueError(f"no axis '{key}'. {suggest(key, AXES)}")
 
 
 def _check(path: str | Path, drawn: Sequence[Row], needed: str) -> None:
