@@ -21,7 +21,7 @@ An empty tuple says that the backbone has no such place. Roles used by the shipp
 
 from __future__ import annotations
 
-from qsr_plugin.quant.surgery import ROLE_TABLES, register_roles
+from qsr_plugin.quant.places import ROLE_TABLES, register_roles
 
 _EDSR_BLOCKS = {
     "block": ("body.*",),

@@ -80,3 +80,15 @@ def images() -> list[torch.Tensor]:
     """Three batches of two 8x8 RGB images in [0, 1], always the same."""
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(2, 3, 8, 8, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def choosers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the small bit policies of ``tests/quant/choosers.py`` into the registry for one test."""
+    from qsr_plugin.quant.policy import POLICIES
+    from qsr_plugin.quant.recipe import register_parts
+    from tests.quant.choosers import KINDS
+
+    register_parts()  # or those of the package would be gone with them after the test
+    for name, kind in KINDS.items():
+        monkeypatch.setitem(POLICIES, name, kind)

@@ -17,19 +17,26 @@ class BitLoss(StepLoss):
     Without such places the loss is 0.
 
     Args:
-        target_bits: Bit width above which bits cost. A recipe refuses one below its smallest candidate, which no
-            network could reach.
+        target_bits: Bit width above which bits cost; that of the bit policy if not given. A recipe refuses one below
+            its smallest candidate, which no network could reach.
         loss_weight: Factor. The published 50 goes with losses of pixels in 0..255; with pixels in 0..1 the same balance
             is 50 / 255.
     """
 
-    def __init__(self, target_bits: float, loss_weight: float = 50 / 255) -> None:
+    def __init__(self, target_bits: float | None = None, loss_weight: float = 50 / 255) -> None:
         super().__init__()
         self.target_bits, self.loss_weight = target_bits, loss_weight
 
     def forward(self, step: StepContext) -> Tensor:
         """The weighted loss of one training step."""
-        chosen = [bits.to(step.output.dtype) for bits in step.record.bits.values() if isinstance(bits, Tensor)]
+        record = step.record
+        chosen = [bits.to(step.output.dtype) for bits in record.bits.values() if isinstance(bits, Tensor)]
+        target = self.target_bits
+        if target is None and record.policy is not None:
+            target = record.policy.target_bits
         if not chosen:
             return step.output.new_zeros(())
-        return self.loss_weight * (torch.stack(chosen).mean() - self.target_bits).clamp_min(0.0)
+        if target is None:
+            raise RuntimeError("BitLoss: the bit policy of this network has no target: give the loss target_bits")
+        excess = torch.stack(chosen).mean() - target
+        return self.loss_weight * torch.maximum(excess, torch.zeros_like(excess))  # at the target, half of the slope

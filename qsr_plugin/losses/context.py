@@ -20,6 +20,7 @@ class StepContext:
         record: The quantized network's forward record.
         teacher_output: The float teacher's result, or ``None`` if no loss asks for a teacher.
         teacher_record: The teacher's forward record, or ``None``.
+        iteration: Which one it is, counted from 1.
     """
 
     output: Tensor
@@ -27,6 +28,7 @@ class StepContext:
     record: ForwardRecord
     teacher_output: Tensor | None = None
     teacher_record: ForwardRecord | None = None
+    iteration: int = 1
 
 
 class StepLoss(nn.Module):

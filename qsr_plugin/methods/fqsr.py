@@ -75,14 +75,17 @@ class FQSRQuantizer(Quantizer):
         # A shift by exactly n/2 puts zero on a rounding tie whatever c is, as the formula does.
         return fake_quantize(x, 2.0 * c, steps, limits, bounds=(-c, c), shift=steps / 2.0)
 
-    def track(self, x: Tensor, momentum: float | str) -> Tensor:
-        """Take ``max|x|`` of the joint batch of all processes into the mean over all calls; returns ``x`` itself."""
+    def track(self, x: Tensor, momentum: float | str) -> None:
+        """Take ``max|x|`` of the joint batch of all processes into the mean over all calls."""
         with torch.no_grad():
             latest = max_over_ranks(_magnitude(x)[1])
             self.tracked.add_(1)
             self.interval.lerp_(latest.expand_as(self.interval), 1.0 / self.tracked.to(latest.dtype))
             self.project()
             self.mark_calibrated()
+
+    def quantize_tracked(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """``x`` itself: the network is float while intervals are measured."""
         return x
 
     def make_observer(self) -> Observer:

@@ -99,15 +99,14 @@ class AffineQuantizer(Quantizer):
         span = self.high - self.low
         return span, steps, torch.round(-self.low * steps / span)
 
-    def track(self, x: Tensor, momentum: float) -> Tensor:
-        """Move the range by this batch, joined over processes, then quantize."""
+    def track(self, x: Tensor, momentum: float) -> None:
+        """Move the range by this batch, joined over processes."""
         with torch.no_grad():
             low, high = _minmax_with_zero(x)
             latest = max_over_ranks(torch.stack((-low, high)))
             low, high = self.moving_average(torch.stack((-self.low, self.high)), latest, momentum)
             self.set_range(-low, high)
             self.mark_calibrated()
-        return self.quantize(x, max(self.candidates))
 
     def make_observer(self) -> Observer:
         """Minimum and maximum, zero included."""

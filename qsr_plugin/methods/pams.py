@@ -86,16 +86,18 @@ class PAMSQuantizer(Quantizer):
         limits = int_limits(bits, narrow=True)
         return fake_quantize(x, alpha, limits[1], limits, bounds=(-alpha, alpha), ties="split")
 
-    def track(self, x: Tensor, momentum: float) -> Tensor:
-        """Set alpha from this batch, then quantize without clipping."""
+    def track(self, x: Tensor, momentum: float) -> None:
+        """Set alpha from this batch."""
         with torch.no_grad():
             latest = mean_over_ranks(x.detach().float().abs().flatten(1).amax(1).mean())
             self.set_range(-latest, self.moving_average(self.observed_max, latest, momentum))
             self.mark_calibrated()
-        alpha, bits = self.select(self.alpha, max(self.candidates), x)
-        _, qmax = int_limits(bits, narrow=True)
+
+    def quantize_tracked(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Fake-quantize without clipping."""
         # A copy, because a module used twice in one forward sets alpha again before this gradient is taken.
-        return fake_quantize(x, alpha.clone(), qmax)
+        alpha, bits = self.select(self.alpha.clone(), bits, x)
+        return fake_quantize(x, alpha, int_limits(bits, narrow=True)[1])
 
     def make_observer(self) -> Observer:
         """Mean over the batch of each sample's largest magnitude."""

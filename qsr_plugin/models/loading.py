@@ -12,6 +12,7 @@ from qsr_plugin import checkpoint
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.models.run_state import changed_keys, completed
 from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers
 
@@ -62,6 +63,9 @@ class Loading:
         path = self.opt["path"]
         if path.get("pretrain_network_g"):
             return
+        if path.get("pretrain_network_quantized"):
+            adopt(self.net, path["pretrain_network_quantized"])
+            return
         float_path = path.get("pretrain_network_float")
         if float_path:
             checkpoint.load_float_weights(self.net, float_path)
@@ -69,6 +73,36 @@ class Loading:
             logger.warning("path.pretrain_network_float is not set: the float weights are random.")
         if any(quantizer.needs_calibration for _, quantizer in quantizers(self.net)):
             calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration))
+
+
+def adopt(net: nn.Module, path: str) -> None:
+    """Start a network from one of the same backbone that was quantized otherwise: weights and ranges, not policies.
+
+    A range that served all bit widths, or the only one, becomes that of every candidate.
+
+    Args:
+        net: Network whose quantizers are of the same classes at the same places.
+        path: Quantized ``.safetensors`` or ``.pth``.
+
+    Raises:
+        CheckpointError: If weights or ranges are missing, left over or of another shape; nothing is changed then.
+    """
+    content, _ = checkpoint.read_file(path)
+    found, own = checkpoint.state_dict_in(content, path), net.state_dict()
+    learned = {name for name, module in net.named_modules() if isinstance(module, PolicyPart)}
+    state = {key: own[key] for key in own if any(key.startswith(f"{name}.") for name in learned)}
+    for key, value in found.items():
+        if key in own and key not in state:
+            state[key] = value.expand_as(own[key]) if value.dim() == 0 else value
+        elif key not in own and "_policy." not in key:
+            state[key] = value
+    problems = checkpoint.key_differences(own, state)
+    if problems:
+        raise checkpoint.CheckpointError(
+            f"path.pretrain_network_quantized: {path} does not fit recipe and backbone:\n  " + "\n  ".join(problems[:8])
+        )
+    net.load_state_dict(state)
+    logger.info("Start from the weights and ranges of %s.", path)
 
 
 def _slimmed(recipe: dict[str, Any]) -> str:

@@ -15,8 +15,6 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
-from qsr_plugin import checkpoint
-from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.losses.build import build_step_losses
 from qsr_plugin.losses.context import StepContext
 from qsr_plugin.models import steps
@@ -24,24 +22,25 @@ from qsr_plugin.models.finite import refuse_non_finite
 from qsr_plugin.models.loading import Loading
 from qsr_plugin.models.range_log import RangeStatistics, range_statistics
 from qsr_plugin.models.run_state import RunState
-from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups
+from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
+from qsr_plugin.models.teaching import Teaching
 from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.depth import rank_blocks, set_depth
-from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
-from qsr_plugin.quant.surgery import quantizers, tap
+from qsr_plugin.quant.surgery import quantizers
 
 logger = logging.getLogger("basicsr")
 
 
 @MODEL_REGISTRY.register()
-class QuantSRModel(Loading, RunState, Validation, SRModel):
+class QuantSRModel(Loading, Teaching, RunState, Validation, SRModel):
     """Trains, validates and saves a ``QuantNet``.
 
     Options beside the host's: ``path.pretrain_network_float`` (float weights for student and teacher, strict),
-    ``val.patches`` (``{size, overlap}``: validate patch by patch), ``val.depth`` (blocks of a depth-dynamic network),
-    ``calibration_folder`` (of LR images; the training set if not given) and the recipe in ``network_g``.
+    ``path.pretrain_network_quantized`` (start from a network quantized otherwise), ``path.pretrain_network_teacher``,
+    ``val.patches`` (``{size, overlap, last, batch}``: validate patch by patch), ``val.depth`` (blocks of a network with
+    depth), ``calibration_folder`` (of LR images; the training set if not given) and the recipe in ``network_g``.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -89,28 +88,20 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         if self.recipe.cooperative is not None and not self.regularizers:
             logger.warning("recipe.cooperative weights gradients of regularizing losses, and recipe.losses has none.")
         self.range_statistics: RangeStatistics | None = None
-        self._tap_features(self.net)
+        self.tap_features(self.net)
         self._prepare_network()
-        check_stages(self.recipe.stages, self.net)
+        check_stages(self.recipe.stages, self.net, total_iter=self.opt["train"]["total_iter"])
         self.schedule = StageSchedule(self.recipe.stages, self.opt["train"]["optim_g"]["lr"])
         self.stage_index = -1
-        self.teacher = self._build_teacher() if any(loss.needs_teacher for loss in self.losses.values()) else None
-        super().init_training_settings()
+        self.teacher = self.build_teacher()
+        train = self.opt["train"]
+        if self.losses and not train.get("pixel_opt") and not train.get("perceptual_opt"):
+            train["pixel_opt"] = {"type": "L1Loss"}  # the host refuses to start without a loss of its own
+            super().init_training_settings()
+            train["pixel_opt"] = self.cri_pix = None
+        else:
+            super().init_training_settings()
         self._enter_stage(0)
-
-    def _build_teacher(self) -> nn.Module:
-        path = self.opt["path"].get("pretrain_network_float")
-        if not path:
-            names = ", ".join(spec.type for spec in self.recipe.losses)
-            raise OptionsError(f"path.pretrain_network_float is needed: {names} compares with the float network")
-        teacher = build_backbone(self.opt["network_g"]["backbone"])
-        checkpoint.load_float_weights(teacher, path)
-        self._tap_features(teacher)
-        return teacher.to(self.device).eval().requires_grad_(False)
-
-    def _tap_features(self, net: nn.Module) -> None:
-        for place in {place: None for loss in self.losses.values() for place in loss.taps}:
-            tap(net, place, place)
 
     def setup_optimizers(self) -> None:
         """One optimiser; one parameter group each for weights, ranges and others, as far as a stage trains them."""
@@ -157,7 +148,8 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         if index != self.stage_index:
             self._enter_stage(index)
         if self.schedule.ranks_at(current_iter):
-            logger.info("Blocks from kept to dropped first: %s.", rank_blocks(self.net))
+            order = ", ".join(map(str, rank_blocks(self.net)))
+            logger.info("Blocks by the factor of their identity path, the last is dropped first: %s.", order)
         super().update_learning_rate(current_iter, warmup_iter)
 
     def feed_data(self, data: dict[str, Any]) -> None:
@@ -177,6 +169,7 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         self.optimizer_g.zero_grad()
         logged = current_iter % self.opt["logger"]["print_freq"] == 0
         self.net.keep_pairs = logged or any(loss.needs_pairs for loss in self.losses.values())
+        self._iteration = current_iter
         loss_dict = self._gradients()
         self.log_dict = self.reduce_loss_dict(loss_dict)
         where = f"iteration {current_iter}, process {self.opt['rank']}"
@@ -184,14 +177,13 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         if logged:
             self._look_at_ranges()
         self.optimizer_g.step()
-        for _, quantizer in quantizers(self.net):
-            quantizer.project()
+        project(self.net)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Fill ``.grad`` as recipe and stage ask, and return the losses."""
-        self._teacher_forward()
+        self._taught = self.ask_teacher()
         shares = self.schedule.stages[self.stage_index].depths
         together = self.recipe.cooperative is not None and self.regularizers
         if shares == (1.0,) and not together:
@@ -206,12 +198,6 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
         steps.cooperative(losses, self.regularizers, self.net, self.recipe.cooperative)
         return losses
 
-    def _teacher_forward(self) -> None:
-        self._taught: tuple[torch.Tensor, ForwardRecord] | tuple[None, None] = (None, None)
-        if self.teacher is not None:
-            with torch.no_grad():
-                self._taught = self.teacher(self.lq), self.teacher.last_record()
-
     def _losses(self, net: nn.Module) -> OrderedDict[str, torch.Tensor]:
         """Run the network (bare, or as DDP has wrapped it) and compute all losses."""
         self.output = net(self.lq)
@@ -222,7 +208,7 @@ class QuantSRModel(Loading, RunState, Validation, SRModel):
             for name, value in zip(("l_percep", "l_style"), self.cri_perceptual(self.output, self.gt)):
                 if value is not None:
                     losses[name] = value
-        step = StepContext(self.output, self.gt, self.net.last_record(), *self._taught)
+        step = StepContext(self.output, self.gt, self.net.last_record(), *self._taught, self._iteration)
         losses.update((name, loss(step)) for name, loss in self.losses.items())
         return losses
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
+from typing import get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.schema import Stage
+from qsr_plugin.quant.schema import Group, Stage
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
 
 logger = logging.getLogger("basicsr")
@@ -22,30 +24,62 @@ def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
     Returns:
         ``weights``: those of the float network. ``ranges``: range parameters of the activations' quantizers.
-        ``weight_ranges``: those of the weights' quantizers. ``others``: what else was added to the float network.
-        Groups may be empty.
+        ``weight_ranges``: those of the weights' quantizers. ``bits`` and ``thresholds``: those of bit policies.
+        ``others``: what else was added to the float network. Groups may be empty.
     """
     quantizing = [quantizer for _, quantizer in quantizers(net)]
-    idle = {id(p) for quantizer in quantizing for p in quantizer.idle_parameters()}
+    idle = {id(p) for part in (*quantizing, *bit_policies(net)) for p in part.idle_parameters()}
     group_of = {
         id(p): "ranges" if quantizer.role == "act" else "weight_ranges"
         for quantizer in quantizing
         for p in quantizer.range_parameters()
     }
+    for policy in bit_policies(net):
+        group_of.update((id(p), "bits") for p in policy.parameters())
+        group_of.update((id(p), "thresholds") for p in policy.threshold_parameters())
     added = plugin_keys(net)
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "ranges": [], "weight_ranges": [], "others": []}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in get_args(Group)}
     for name, parameter in net.named_parameters():
         if id(parameter) not in idle:
             groups[group_of.get(id(parameter), "others" if name in added else "weights")].append(parameter)
     return groups
 
 
-def check_stages(stages: Sequence[Stage], net: nn.Module) -> None:
+def bit_policies(net: nn.Module) -> list[PolicyPart]:
+    """All bit policies of a network, and what they share."""
+    return [module for module in net.modules() if isinstance(module, PolicyPart)]
+
+
+def project(net: nn.Module) -> None:
+    """Bring all range and policy parameters back into their legal sets, after an optimiser step."""
+    for part in (*(quantizer for _, quantizer in quantizers(net)), *bit_policies(net)):
+        part.project()
+
+
+def check_stages(
+    stages: Sequence[Stage], net: nn.Module, *, kept: Collection[str] = (), total_iter: int | None = None
+) -> None:
     """Look at stages before any work is done: refuse those that cannot train, warn of what has no effect.
+
+    Args:
+        stages: The recipe's stages.
+        net: Quantized network.
+        kept: Groups that are not meant to be trained by any stage.
+        total_iter: Length of the whole training, if it is not that of the stages.
 
     Raises:
         RecipeError: Naming the stage and what to change.
     """
+    begins = [0, *accumulate(stage.iters or 0 for stage in stages[:-1])]
+    missed = [index for index, begin in enumerate(begins) if total_iter is not None and begin >= total_iter]
+    if missed:
+        logger.warning(
+            "train.total_iter is %d, but stage %d of the recipe begins after iteration %d: stages from there on are "
+            "never reached. Give fewer iters to the stages before it (recipe.stages), or a longer training.",
+            total_iter,
+            missed[0] + 1,
+            begins[missed[0]],
+        )
     groups = {name: parameters for name, parameters in parameter_groups(net).items() if parameters}
     kinds = {type(quantizer) for _, quantizer in quantizers(net) if quantizer.role == "act"}
     for index, stage in enumerate(stages):
@@ -64,10 +98,14 @@ def check_stages(stages: Sequence[Stage], net: nn.Module) -> None:
             )
         if tracking and kinds and not any(kind.tracking == tracking for kind in kinds):
             logger.warning("%s.track_ranges has no effect: no quantizer follows ranges by %s.", where, tracking)
+        if stage.adapt_thresholds and not any(policy.adapts for policy in bit_policies(net)):
+            logger.warning(
+                "%s.adapt_thresholds has no effect: no bit policy has thresholds that follow batches.", where
+            )
         if stage.gated and kinds and not any(kind.gated for kind in kinds):
             logger.warning("%s.gated has no effect: no quantizer has a gate.", where)
     for name, parameters in groups.items():
-        if not any(name in stage.train for stage in stages):
+        if name not in kept and not any(name in stage.train for stage in stages):
             logger.warning(
                 "recipe.stages: no stage trains the %d parameters of the group '%s'; they keep their start.",
                 len(parameters),
@@ -111,8 +149,8 @@ class StageSchedule:
         for group, parameters in parameter_groups(net).items():
             for parameter in parameters:
                 parameter.requires_grad_(group in stage.train)
-        for _, quantizer in quantizers(net):
-            quantizer.enter_stage(stage)
+        for part in (*(quantizer for _, quantizer in quantizers(net)), *bit_policies(net)):
+            part.enter_stage(stage)
         inner = {part for _, quantizer in quantizers(net) for part in quantizer.modules()}
         for module in net.modules():
             if isinstance(module, _BatchNorm) and module not in inner:

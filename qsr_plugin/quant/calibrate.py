@@ -11,8 +11,8 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from qsr_plugin.quant.record import float_mode
-from qsr_plugin.quant.surgery import quantizers, sites
+from qsr_plugin.quant.record import evaluating, fitting, float_mode
+from qsr_plugin.quant.surgery import policies, quantizers, sites
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -22,15 +22,16 @@ def calibrating(net: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block forwards run the float network and every quantizer watches its own tensors.
 
     On leaving, ranges are set from what was seen; if the block raised, they stay as they were. Weight quantizers are
-    set from the weights, activation quantizers from the forwards.
+    set from the weights, activation quantizers and bit policies from the forwards.
     """
     parts = [quantizer for _, quantizer in quantizers(net)]
-    training = {module: module.training for module in net.modules()}
-    net.eval()  # batch norm uses its running statistics and keeps them
+    asking, shared = dict(policies(net)), getattr(net, "bit_policy", None)
+    choosing = [*asking.values(), *([] if shared is None else [shared])]
     try:
-        for quantizer in parts:
-            quantizer.begin_calibration()
-        with torch.no_grad(), float_mode():
+        for part in (*parts, *choosing):
+            part.begin_calibration()
+        # In evaluation mode batch norm uses its running statistics and keeps them.
+        with evaluating(net), torch.no_grad(), float_mode():
             yield
             for _, site in sites(net):
                 if (quantizer := site.quantizer("weight")) is not None:
@@ -41,11 +42,13 @@ def calibrating(net: nn.Module) -> Iterator[None]:
                 quantizer.end_calibration()
             for kind in {type(quantizer): None for quantizer in parts}:
                 kind.settle([quantizer for quantizer in parts if type(quantizer) is kind])
+            for policy in choosing:
+                policy.end_calibration()
+            if shared is not None:
+                shared.settle({place: asking[place] for place in shared.places})
     finally:
-        for quantizer in parts:
-            quantizer.end_calibration(keep=False)
-        for module, mode in training.items():
-            module.training = mode
+        for part in (*parts, *choosing):
+            part.end_calibration(keep=False)
 
 
 def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]) -> nn.Module:
@@ -66,20 +69,40 @@ def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]
     if not any(True for _ in sites(net)) and getattr(net, "recipe", None) is None:
         raise RuntimeError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
     images = [images] if isinstance(images, Tensor) else images
-    device = next(net.parameters()).device
-    count = 0
+    device, fit = next(net.parameters()).device, _fit_images(net)
+    count, kept = 0, []
     with calibrating(net):
         for batch in image_batches(images):
             if count == 0 and float(batch.max()) > 2:
                 logger.warning("calibration values reach %g; images are expected as RGB in [0, 1]", batch.max())
             net(batch.to(device))
+            if count < fit:
+                kept.append(batch[: fit - count].clone())
             count += batch.shape[0]
         if count == 0:
             raise ValueError("no calibration images: give a folder with images, or a non-empty iterable of tensors")
     logger.info("calibrated %d quantizers on %d image(s)", sum(1 for _ in quantizers(net)), count)
     if count < 2:
         logger.warning("calibrated on one image only: ranges may not fit others; 16 or more are advised")
+    for batch in kept:
+        fit_ranges(net, batch.to(device))
     return net
+
+
+def fit_ranges(net: nn.Module, images: Tensor) -> None:
+    """Let every quantizer of a calibrated network fit its range to what arrives there behind quantized layers.
+
+    Args:
+        net: Calibrated network.
+        images: ``(N, 3, H, W)``, RGB in [0, 1], on the network's device.
+    """
+    with evaluating(net), torch.no_grad(), fitting():
+        net(images)
+
+
+def _fit_images(net: nn.Module) -> int:
+    recipe = getattr(net, "recipe", None)
+    return 0 if recipe is None else recipe.calibration.fit
 
 
 def image_batches(images: Union[str, Path, Iterable[Tensor]]) -> Iterator[Tensor]:

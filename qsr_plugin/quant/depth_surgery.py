@@ -19,7 +19,7 @@ from qsr_plugin.quant.schema import Depth
 from qsr_plugin.quant.sites import derived_class
 
 if TYPE_CHECKING:
-    from qsr_plugin.quant.surgery import Place, _Index
+    from qsr_plugin.quant.places import Index, Place
 
 
 class ScaledShortcut:
@@ -69,7 +69,7 @@ class DroppedBlock(ScaledShortcut, nn.Module):
 
 
 def find_blocks(
-    index: _Index, roles: Mapping[str, tuple[str, ...]], depth: Depth, places: Iterable[Place], backbone: str
+    index: Index, roles: Mapping[str, tuple[str, ...]], depth: Depth, places: Iterable[Place], backbone: str
 ) -> dict[str, nn.Module]:
     """The blocks of a float network that a recipe's ``depth`` speaks of, by name in module order.
 

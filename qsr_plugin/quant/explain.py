@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Union, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -31,10 +31,8 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str
             lines.append(f"{where}: required, but not given")
         else:
             message = re.sub(r"^Value error, ", "", item["msg"])
-            lines.append(
-                f"{where}: {message}"
-                + ("" if "Allowed" in message or repr(item["input"]) in message else f" (got {item['input']!r})")
-            )
+            said = "Allowed" in message or repr(item["input"]) in message or isinstance(item["input"], Mapping)
+            lines.append(f"{where}: {message}" + ("" if said else f" (got {item['input']!r})"))
     return "\n".join(lines)
 
 

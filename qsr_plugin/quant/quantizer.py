@@ -8,7 +8,7 @@ register themselves with :func:`register_quantizer`; everything else finds them 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Union
 
@@ -113,14 +113,23 @@ class Quantizer(nn.Module):
         Raises:
             NotCalibratedError: If the range was never set.
         """
+        return self.prepare(x)(x, self.candidates[0] if bits is None and len(self.candidates) == 1 else bits)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor, int | Tensor], Tensor]:
+        """What quantizes ``x`` at any bit width; follows its range first where ranges are tracked.
+
+        Raises:
+            NotCalibratedError: If the range was never set.
+        """
         if self._tracking is not None and self.training:
-            return self.track(x, self._tracking)
+            self.track(x, self._tracking)
+            return self.quantize_tracked
         if not self._ready:
             raise NotCalibratedError(
                 f"not calibrated: {self.site or type(self).__name__}. Run qsr_plugin.calibrate(net, images) before the "
                 "first forward, or load a quantized checkpoint."
             )
-        return self.quantize(x, self.candidates[0] if bits is None and len(self.candidates) == 1 else bits)
+        return self.quantize
 
     # -- what a method writes ----------------------------------------------------------------------------------------
 
@@ -136,9 +145,16 @@ class Quantizer(nn.Module):
         """Turn an observed range (0-d tensors) into this quantizer's parameters."""
         raise NotImplementedError
 
-    def track(self, x: Tensor, momentum: float | str) -> Tensor:
+    def track(self, x: Tensor, momentum: float | str) -> None:
         """Follow the range of the training batches; only called on classes that declare :attr:`tracking`."""
         raise NotImplementedError
+
+    def quantize_tracked(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Fake-quantize the tensor that :meth:`track` has just seen."""
+        return self.quantize(x, bits)
+
+    def fit(self, x: Tensor, bits: int | Tensor) -> None:
+        """Fit a range that calibration has set to ``x``, which comes from quantized layers, and to a bit width."""
 
     @classmethod
     def settle(cls, parts: Sequence[Quantizer]) -> None:
@@ -245,8 +261,6 @@ class Quantizer(nn.Module):
         """Take on what a stage of the training says about ranges."""
         kind = "mean" if stage.track_ranges == "mean" else "momentum"
         self._tracking = stage.track_ranges if self.tracking == kind else None
-
-    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def expand(self, bits: int | Tensor, x: Tensor) -> int | Tensor:
         """Bit widths ready to be broadcast over ``x``: ints stay, ``(N,)`` becomes ``(M, 1, ..., 1)``."""

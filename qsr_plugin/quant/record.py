@@ -6,15 +6,27 @@ name, so running a block twice (activation checkpointing) does not count twice, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+if TYPE_CHECKING:
+    from qsr_plugin.quant.policy import NetworkPolicy
+
+T = TypeVar("T")
 
 _CURRENT: ContextVar[ForwardRecord | None] = ContextVar("qsr_forward_record", default=None)
 _FLOAT: ContextVar[bool] = ContextVar("qsr_float_mode", default=False)
+_FITTING: ContextVar[bool] = ContextVar("qsr_fitting", default=False)
+
+
+def _itself(value: T) -> T:
+    return value
 
 
 @dataclass
@@ -29,6 +41,8 @@ class ForwardRecord:
         taps: Name to tapped feature tensor (with graph, for losses).
         pairs: Site and port name to (tensor, quantized tensor), both with graph.
         signals: Kind to site to tensor: what the parts of a method show to its losses.
+        image: The low-resolution batch (N, 3, H, W) as the network got it, without graph.
+        policy: What the bit policies of the network share, if they share anything.
     """
 
     images: int
@@ -38,6 +52,23 @@ class ForwardRecord:
     taps: dict[str, Tensor] = field(default_factory=dict)
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     signals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    image: Tensor | None = None
+    policy: NetworkPolicy | None = None
+    _made: dict[Callable, object] = field(default_factory=dict)
+
+    def once(self, make: Callable[[ForwardRecord], T]) -> T:
+        """``make(record)``, computed at the first request of this forward and kept for the others, with its graph."""
+        if make not in self._made:
+            # A block under activation checkpointing that runs again finds it made, so its graph keeps its own tensors.
+            with saved_tensors_hooks(_itself, _itself):
+                self._made[make] = make(self)
+        return self._made[make]
+
+    def tapped(self, name: str) -> list[Tensor]:
+        """The tensors of a tap, one for each module it is at, in module order."""
+        if name in self.taps:
+            return [self.taps[name]]
+        return [self.taps[f"{name}[{index}]"] for index in range(sum(key.startswith(f"{name}[") for key in self.taps))]
 
     def signal(self, kind: str, site: str, value: Tensor) -> None:
         """Show a tensor to the losses."""
@@ -68,6 +99,33 @@ def float_mode() -> Iterator[None]:
         _FLOAT.reset(token)
 
 
+def fitting_on() -> bool:
+    """Whether quantizers fit their ranges to the tensors they are about to quantize in this context."""
+    return _FITTING.get()
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Inside the ``with`` block every quantizer fits its range before it quantizes, one after the other."""
+    token = _FITTING.set(True)
+    try:
+        yield
+    finally:
+        _FITTING.reset(token)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the ``with`` block, every module's own mode again after it."""
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():  # frozen batch norm layers stay frozen
+            module.training = mode
+
+
 class RecordingRoot:
     """Mixin for the class of a network's root module: its forward opens and keeps the record."""
 
@@ -77,12 +135,15 @@ class RecordingRoot:
 
     def forward(self, x: Tensor, *args, **kwargs):
         """Run the network's own forward inside a record (its own, or that of an enclosing network)."""
-        if current_record() is not None:
+        if (record := current_record()) is not None:
+            self._share_policy(record, x)
             return super().forward(x, *args, **kwargs)
-        if self._last_record is not None:
-            self._last_record.pairs.clear()  # they hold as much memory as the forward to come
+        if self._last_record is not None:  # its tensors hold as much memory as those of the forward to come
+            self._last_record.pairs.clear()
+            self._last_record.taps.clear()
         pixels = x.shape[0] * x.shape[-2:].numel()
-        record = ForwardRecord(images=x.shape[0], pixels=pixels, keep_pairs=self.keep_pairs)
+        record = ForwardRecord(images=x.shape[0], pixels=pixels, keep_pairs=self.keep_pairs, image=x.detach())
+        self._share_policy(record, x)
         token = _CURRENT.set(record)
         try:
             out = super().forward(x, *args, **kwargs)
@@ -90,6 +151,14 @@ class RecordingRoot:
             _CURRENT.reset(token)
         self._last_record = record
         return out
+
+    def _share_policy(self, record: ForwardRecord, x: Tensor) -> None:
+        """Let the record know what the bit policies of this network share, and the image they look at."""
+        if getattr(self, "recipe", None) is None:
+            return
+        record.policy, record.image = self._modules.get("bit_policy"), x.detach()
+        if record.policy is not None and _FLOAT.get():
+            record.policy.observe(record.image)
 
     def drop_pairs(self) -> None:
         """Let go of the pairs of the last forward, and keep none from now on."""

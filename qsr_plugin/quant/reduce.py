@@ -37,6 +37,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / world_size() if world_size() > 1 else value
 
 
+def gather_over_ranks(value: Tensor) -> Tensor:
+    """Tensors of all processes, of equal shapes, one after the other along the first axis in the order of ranks."""
+    if world_size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
 def average_in_place(tensors: Sequence[Tensor]) -> None:
     """Replace tensors by their means over all processes, in one message per data type."""
     if world_size() == 1:

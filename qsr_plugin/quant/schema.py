@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -81,7 +81,9 @@ class PolicySpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> PolicySpec:
-        policy_class(self.type).Options(**self.extras())
+        policy = policy_class(self.type)
+        self.model_extra.update(policy.with_files(self.extras()))
+        policy.Options(**self.extras())
         return self
 
 
@@ -131,6 +133,9 @@ class Calibration(_Strict):
 
     images: int = Field(16, ge=1, description="how many images are drawn from the training set")
     batch: int = Field(1, ge=1, description="images per batch; statistics are taken per batch")
+    fit: int = Field(
+        0, ge=0, description="then ranges are fitted on this many of them, layer after layer, behind quantized layers"
+    )
 
 
 class LearningRates(_Strict):
@@ -140,9 +145,11 @@ class LearningRates(_Strict):
     ranges: Optional[float] = Field(None, gt=0)
     weight_ranges: Optional[float] = Field(None, gt=0)
     others: Optional[float] = Field(None, gt=0)
+    bits: Optional[float] = Field(None, gt=0)
+    thresholds: Optional[float] = Field(None, gt=0)
 
 
-Group = Literal["weights", "ranges", "weight_ranges", "others"]
+Group = Literal["weights", "ranges", "weight_ranges", "others", "bits", "thresholds"]
 
 
 class Stage(_Strict):
@@ -157,15 +164,17 @@ class Stage(_Strict):
         gated: Quantizers with a gate rescale their range for each image.
         freeze_batch_norm: Batch norm layers normalise with the statistics they have, and keep them. At 2 bits, ranges
             that follow the largest value leave so little in some channels that batch statistics blow gradients up.
+        adapt_thresholds: Thresholds of the bit policy that are no parameters follow the training batches.
         depths: Shares of the blocks that are trained in turn on each batch; needs the recipe's ``depth``.
     """
 
-    train: Annotated[tuple[Group, ...], Field(min_length=1)] = ("weights", "ranges", "weight_ranges", "others")
+    train: Annotated[tuple[Group, ...], Field(min_length=1)] = get_args(Group)
     iters: Optional[int] = Field(None, ge=1)
     lr: LearningRates = LearningRates()
     track_ranges: Union[float, Literal["mean"], None] = None
     gated: bool = False
     freeze_batch_norm: bool = False
+    adapt_thresholds: bool = False
     depths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
 
     @field_validator("track_ranges", mode="before")
@@ -202,12 +211,26 @@ class Depth(_Strict):
     kept: Optional[tuple[int, ...]] = None
 
 
+class Tuning(_Strict):
+    """How a calibrated network is tuned without ground truth: the stages, on the calibration images.
+
+    Attributes:
+        batch: Images per step; they pass in the same order again and again.
+    """
+
+    batch: int = Field(2, ge=1)
+
+
 class LossSpec(Spec):
     """A loss of the host's registry with its options; ``weight`` or ``loss_weight`` as that loss names it."""
 
 
 class Recipe(_Strict):
-    """Everything that turns a float network into a quantized one; see the module docstring."""
+    """Everything that turns a float network into a quantized one; see the module docstring.
+
+    Attributes:
+        teacher: What losses with a teacher compare with: the ``float`` network, or the quantized one at the ``start``.
+    """
 
     method: str
     bits: Bits = Bits()
@@ -220,6 +243,8 @@ class Recipe(_Strict):
     losses: tuple[LossSpec, ...] = ()
     cooperative: Optional[Cooperative] = None
     depth: Optional[Depth] = None
+    teacher: Literal["float", "start"] = "float"
+    tuning: Optional[Tuning] = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -234,7 +259,15 @@ class Recipe(_Strict):
                 )
             if self.cooperative is not None:
                 raise ValueError("a stage trains several depths, which 'cooperative' cannot: set one of them to null")
-        lowest = min(self.bits.act) if isinstance(self.bits.act, tuple) else self.bits.act
+        reach = policy_class(self.policy.type).reach
+        if reach and not isinstance(self.bits.act, tuple) and self.bits.act - reach < 2:
+            raise ValueError(
+                f"policy '{self.policy.type}' goes {reach} below and above the activation bits, which are "
+                f"{self.bits.act}: give {2 + reach} or more"
+            )
+        if self.tuning is not None and any(stage.iters is None for stage in self.stages):
+            raise ValueError("a recipe with 'tuning' needs 'iters' in every stage")
+        lowest = min(self.act_widths) if isinstance(self.act_widths, tuple) else self.act_widths
         for index, loss in enumerate(self.losses):
             target = loss.extras().get("target_bits")
             if target is None:
@@ -247,6 +280,13 @@ class Recipe(_Strict):
                     f"network can reach it; give {lowest} or more, or add a smaller candidate to bits.act"
                 )
         return self
+
+    @property
+    def act_widths(self) -> Union[int, tuple[int, ...]]:
+        """Bit width of activations, or all that the policy can choose."""
+        reach, bits = policy_class(self.policy.type).reach, self.bits.act
+        around = reach and not isinstance(bits, tuple) and bits != FLOAT_BITS
+        return tuple(range(bits - reach, bits + reach + 1)) if around else bits
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -12,9 +12,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsr_plugin.quant.policy import BitPolicy, quantize_with
+from qsr_plugin.quant.policy import EXPECTED_BITS, BitPolicy, quantize_with
 from qsr_plugin.quant.quantizer import Quantizer
-from qsr_plugin.quant.record import current_record, float_mode_on
+from qsr_plugin.quant.record import current_record, fitting_on, float_mode_on
 
 _DERIVED: dict[tuple[type, type], type] = {}
 
@@ -47,11 +47,14 @@ class Site:
         quantizer.site = f"{self.site_name}.{port}"
         self.add_module(f"{port}_quantizer", quantizer)
         if policy is not None:
+            policy.place = quantizer.site
             self.add_module(f"{port}_policy", policy)
 
     def add_tap(self, port: str, name: str) -> None:
         """Write the tensor at ``port`` into the record under ``name`` in every forward."""
-        self.__dict__.setdefault("_taps", {})[port] = name
+        names = self.__dict__.setdefault("_taps", {}).setdefault(port, [])
+        if name not in names:
+            names.append(name)
 
     def quantizer(self, port: str) -> Quantizer | None:
         """The quantizer at a port, or ``None``."""
@@ -68,16 +71,23 @@ class Site:
         record = current_record()
         taps = self.__dict__.get("_taps")
         if taps and port in taps and record is not None:
-            record.taps[taps[port]] = x
+            record.taps.update((name, x) for name in taps[port])
         quantizer = self._modules.get(f"{port}_quantizer")
         if quantizer is None:
             return x
+        policy = self._modules[f"{port}_policy"]
         if float_mode_on():
             quantizer.observe(x)
+            policy.observe(x)
             return x
-        decision = self._modules[f"{port}_policy"].decide(x, record)
+        if fitting_on():
+            quantizer.fit(x, policy.usual_bits())
+        decision = policy.decide(x, policy.seen if record is None else record)
         if record is not None:
+            policy.seen = record
             record.bits[quantizer.site] = decision.bits
+            if decision.expected is not None:
+                record.signal(EXPECTED_BITS, quantizer.site, decision.expected)
         out = quantize_with(quantizer, x, decision)
         if record is None or not record.keep_pairs:
             return out

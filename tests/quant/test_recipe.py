@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from qsr_plugin.quant.recipe import Recipe, RecipeError, list_methods, load_recipe, recipe_folder
+from qsr_plugin.quant.schema import Stage
 
 RULE = {"role": "block.conv", "port": "input"}
 
@@ -134,6 +135,15 @@ def test_bits_of_a_rule_are_checked_too() -> None:
         ({"stages": [{"train": []}]}, "recipe.stages[0].train: Tuple should have at least 1 item"),
         ({"losses": [{"type": "BitLoss", "target_bits": "four"}]}, "losses[0].target_bits is 'four'; give a number"),
         ({"bits": 4}, "recipe.bits: Input should be"),
+        ({"teacher": "end"}, "recipe.teacher: Input should be 'float' or 'start'"),
+        ({"tuning": {"batch": 0}}, "recipe.tuning.batch: Input should be greater than or equal to 1"),
+        ({"tuning": {}, "stages": [{"iters": 2}, {}]}, "a recipe with 'tuning' needs 'iters' in every stage"),
+        ({"calibration": {"fit": -1}}, "recipe.calibration.fit: Input should be greater than or equal to 0"),
+        (
+            {"stages": [{"lr": {"threshold": 0.1}}]},
+            "recipe.stages[0].lr.threshold: unknown key. Did you mean 'thresholds'",
+        ),
+        ({"stages": [{"train": ["bit"]}]}, "recipe.stages[0].train[0]: Input should be"),
         ({"quantizers": None}, "recipe.quantizers: Input should be"),
         ({"placements": {"quantized_input": [{"port": "input"}]}}, "needs exactly one of 'role' and 'match'"),
         ({"placements": {"quantized_input": [{**RULE, "match": "x"}]}}, "needs exactly one of 'role' and 'match'"),
@@ -187,3 +197,21 @@ def test_python_objects_in_yaml_are_not_built(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no Python objects allowed"):
         load_recipe(path)
     assert not sentinel.exists()
+
+
+def test_what_recipes_may_say_about_policies() -> None:
+    lr = {"bits": 1e-3, "thresholds": 1e-2}
+    recipe = load_recipe(
+        {
+            "base": "pams", "teacher": "start", "tuning": {"batch": 4}, "calibration": {"fit": 2},
+            "stages": [{"iters": 3, "train": ["bits", "thresholds"], "lr": lr, "adapt_thresholds": True}],
+        }
+    )  # fmt: skip
+    (stage,) = recipe.stages
+    assert stage.train == ("bits", "thresholds") and stage.adapt_thresholds
+    assert (stage.lr.bits, stage.lr.thresholds, stage.lr.ranges) == (1e-3, 1e-2, None)
+    assert (recipe.teacher, recipe.tuning.batch, recipe.calibration.fit) == ("start", 4, 2)
+    assert load_recipe(recipe.to_dict()) == recipe
+    plain = load_recipe("pams")
+    assert (plain.teacher, plain.tuning, plain.calibration.fit) == ("float", None, 0)
+    assert plain.act_widths == plain.bits.act and {"bits", "thresholds"} <= set(Stage().train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import lru_cache
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.record import current_record, float_mode, float_mode_on, record_root
+from qsr_plugin.quant.record import ForwardRecord, current_record, float_mode, float_mode_on, record_root
 from qsr_plugin.quant.surgery import quantize_model, quantizers, tap
 
 RECIPE = {
@@ -145,3 +146,49 @@ def test_per_image_bits_reach_the_record(net, images) -> None:
     assert net.last_record().bits["conv1.input"] is widths
     del net.conv1.input_policy.decide
     assert torch.equal(out, net(images[0])) and len(dict(quantizers(net))) == 4
+
+
+def test_a_result_is_made_once_per_forward_whoever_asks() -> None:
+    record, calls = ForwardRecord(images=2), []
+
+    class Part:
+        def make(self, given: ForwardRecord) -> object:
+            calls.append(given)
+            return object()
+
+    one, other = Part(), Part()
+    first = record.once(one.make)
+    assert record.once(one.make) is first and calls == [record]
+    assert record.once(other.make) is not first and len(calls) == 2
+    assert ForwardRecord(images=2).once(one.make) is not first
+    twin = copy.deepcopy(record)
+    assert twin.once(one.make) is not first, "a copy starts empty"
+
+
+def test_a_result_that_is_made_keeps_its_graph_for_several_uses() -> None:
+    weight, record = torch.ones(3, requires_grad=True), ForwardRecord(images=1)
+    total = sum(record.once(lambda_of(weight)) for _ in range(2)).sum()
+    total.backward()
+    assert weight.grad.tolist() == [4.0, 4.0, 4.0]
+
+
+@lru_cache
+def lambda_of(weight: Tensor):
+    return lambda record: weight.square()
+
+
+def test_taps_of_several_modules_are_listed_in_module_order(net, images) -> None:
+    tap(net, "conv?:output", "out")
+    tap(net, "conv1:output", "single")
+    tap(net, "conv1:output", "single")
+    net(images[0])
+    record = net.last_record()
+    assert set(record.taps) == {"out[0]", "out[1]", "single"}
+    assert [x.shape[1] for x in record.tapped("out")] == [4, 3]
+    assert record.tapped("out")[0] is record.taps["single"] and record.tapped("single") == [record.taps["single"]]
+    assert record.tapped("none") == []
+
+
+def test_the_image_is_in_the_record(net, images) -> None:
+    net(images[0])
+    assert torch.equal(net.last_record().image, images[0]) and net.last_record().policy is None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
 from qsr_plugin.archs.roles import list_backbones
 from torch import nn
 
+from qsr_plugin.models.stages import bit_policies
 from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.places import ROLE_TABLES, find_places, places_named, roles_of
 from qsr_plugin.quant.recipe import RecipeError, list_methods, load_recipe
-from qsr_plugin.quant.surgery import find_places, plugin_keys, quantize_model, quantizers, roles_of, sites, tap
+from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers, sites, tap
+from tests.recipes import shipped
 
 
 def placed(net: nn.Module, *rules: dict, bits: dict | None = None) -> dict[str, int]:
@@ -91,9 +95,9 @@ def test_float_keys_stay_and_plugin_keys_are_the_rest(tiny_net, method: str, bac
     net = tiny_net(backbone)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     names = [name for name, _ in net.named_parameters()]
-    quantize_model(net, method)
+    quantize_model(net, shipped(method, net))
     after = net.state_dict()
-    stateful = any(quantizer.state_dict() for _, quantizer in quantizers(net))
+    stateful = any(part.state_dict() for part in (*(q for _, q in quantizers(net)), *bit_policies(net)))
     assert set(after) - set(before) == plugin_keys(net) and bool(plugin_keys(net)) == stateful
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert [name for name, _ in net.named_parameters() if name not in plugin_keys(net)] == names
@@ -157,3 +161,38 @@ def test_a_tap_that_does_not_exist_suggests_one(tiny_net) -> None:
         tap(tiny_net(), "featurs", "f")
     with pytest.raises(RecipeError, match="cannot tap 'conv_last:weight'"):
         tap(tiny_net(), "conv_last:weight", "f")
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("head:output", ["conv_first"]),
+        ("block:output", ["body.0", "body.1"]),
+        ("block.conv:input", ["body.0.conv1", "body.0.conv2", "body.1.conv1", "body.1.conv2"]),
+        ("body.*.conv1:output", ["body.0.conv1", "body.1.conv1"]),
+        ("features", ["upsample"]),
+        ("block.residual", ["body.0.conv2", "body.1.conv2"]),
+        ("block.residual:input", ["body.0.conv2", "body.1.conv2"]),
+    ],
+)
+def test_places_are_named_by_role_pattern_or_role_and_port(tiny_net, place: str, names: list[str]) -> None:
+    found = places_named(tiny_net(), place)
+    assert [name for name, _, _ in found] == names
+    port = place.partition(":")[2] or {"features": "input", "block.residual": "output"}[place]
+    assert {spot for _, _, spot in found} == {port}
+
+
+def test_places_of_a_role_with_several_patterns_are_in_module_order(tiny_net, monkeypatch) -> None:
+    net = tiny_net()
+    monkeypatch.setitem(ROLE_TABLES, "EDSR", {"pair": ("body.*.conv2", "body.*.conv1", "body.0.conv?")})
+    assert [name for name, _, _ in places_named(net, "pair:input")] == [
+        f"body.{block}.conv{conv}" for block in (0, 1) for conv in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "place", ["head", "head:weight", "haed:output", "body.9:output", "conv_first", "block.shortcut"]
+)
+def test_places_that_cannot_be_tapped_say_what_can(tiny_net, place: str) -> None:
+    with pytest.raises(RecipeError, match=f"cannot tap '{re.escape(place)}' of EDSR: give 'module:input'.*Near: "):
+        places_named(tiny_net(), place)

@@ -1,0 +1,70 @@
+"""The teacher of a run: the float network, or the quantized one as the training started."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin import checkpoint
+from qsr_plugin.archs.quant_net_arch import build_backbone
+from qsr_plugin.options_file import OptionsError
+from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.surgery import tap
+
+logger = logging.getLogger("basicsr")
+
+#: File in the folder of a run's models that holds a teacher which could not be made again when the run is resumed.
+TEACHER_FILE = "teacher.safetensors"
+
+
+class Teaching:
+    """Mixin of the model: builds the teacher that the recipe asks for, and runs it on each batch."""
+
+    def build_teacher(self) -> nn.Module | None:
+        """The teacher in evaluation mode, or ``None`` if no loss wants one.
+
+        Raises:
+            OptionsError: If the files it is made of are not given.
+        """
+        if not any(loss.needs_teacher for loss in self.losses.values()):
+            return None
+        teacher = self._float_teacher() if self.recipe.teacher == "float" else self._quantized_teacher()
+        self.tap_features(teacher)
+        return teacher.to(self.device).eval().requires_grad_(False)
+
+    def _float_teacher(self) -> nn.Module:
+        path = self.opt["path"].get("pretrain_network_float")
+        if not path:
+            names = ", ".join(spec.type for spec in self.recipe.losses)
+            raise OptionsError(f"path.pretrain_network_float is needed: {names} compares with the float network")
+        teacher = build_backbone(self.opt["network_g"]["backbone"])
+        checkpoint.load_float_weights(teacher, path)
+        return teacher
+
+    def _quantized_teacher(self) -> nn.Module:
+        kept = Path(self.opt["path"]["models"]) / TEACHER_FILE
+        given = self.opt["path"].get("pretrain_network_teacher") or (
+            kept if self.opt["path"].get("resume_state") else None
+        )
+        if given:
+            logger.info("The teacher is %s.", given)
+            return checkpoint.load_quantized(given)
+        if self.opt["rank"] == 0:
+            checkpoint.save_quantized(self.net, kept)
+        return deepcopy(self.net)
+
+    def tap_features(self, net: nn.Module) -> None:
+        """Have a network record what the losses compare."""
+        for place in {place: None for loss in self.losses.values() for place in loss.taps}:
+            tap(net, place, place)
+
+    def ask_teacher(self) -> tuple[Tensor, ForwardRecord] | tuple[None, None]:
+        """The teacher's output for the current batch, and its record."""
+        if self.teacher is None:
+            return None, None
+        with torch.no_grad():
+            return self.teacher(self.lq), self.teacher.last_record()

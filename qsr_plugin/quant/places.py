@@ -1,0 +1,204 @@
+"""Places: which (module, port) pairs of a network the rules of a recipe choose, by role tables and wildcards."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Optional, Union
+
+from torch import nn
+
+from qsr_plugin.errors import suggest
+from qsr_plugin.quant.quantizer import quantizer_class
+from qsr_plugin.quant.recipe import RecipeError, register_parts
+from qsr_plugin.quant.schema import FLOAT_BITS, QuantizerSpec, Recipe, Rule
+from qsr_plugin.quant.sites import all_ports, site_class_for
+
+logger = logging.getLogger("qsr_plugin")
+
+#: Backbone class name -> role -> places, each ``"pattern"`` or ``"pattern:port"``. An empty tuple says that the
+#: backbone has no such place, so a rule for it is skipped.
+ROLE_TABLES: dict[str, Mapping[str, tuple[str, ...]]] = {}
+
+
+def register_roles(backbone: str, roles: Mapping[str, tuple[str, ...]]) -> None:
+    """Make a backbone's role table known under its class name."""
+    ROLE_TABLES[backbone] = roles
+
+
+def roles_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """Role table of a network, found by its class name or that of a base class; empty if there is none."""
+    register_parts()
+    return next((ROLE_TABLES[cls.__name__] for cls in type(net).__mro__ if cls.__name__ in ROLE_TABLES), {})
+
+
+@dataclass
+class Place:
+    """One (module, port) pair chosen by rules.
+
+    Attributes:
+        name: Dotted module name.
+        module: The module itself.
+        port: Port name.
+        rule: Index of the rule that decided.
+        spec: Quantizer to put there, ``None`` to leave it float.
+        bits: Bit width, or candidates of the bit policy.
+        own_bits: The rule gave its own bits: not adaptive, and left out of FAB.
+        pad_first: Quantize the zeros of a convolution's padding together with its input.
+    """
+
+    name: str
+    module: nn.Module
+    port: str
+    rule: int
+    spec: Optional[QuantizerSpec]
+    bits: Union[int, tuple[int, ...]] = FLOAT_BITS
+    own_bits: bool = False
+    pad_first: bool = False
+
+
+@dataclass
+class Index:
+    """All names of all modules; a module shared in several places has several."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    first: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, net: nn.Module) -> Index:
+        index = cls()
+        for name, module in net.named_modules(remove_duplicate=False):
+            if name:
+                index.modules[name] = module
+                index.first.setdefault(id(module), name)
+        return index
+
+    def matching(self, pattern: str, kind: Optional[str]) -> Iterator[tuple[str, nn.Module]]:
+        regex, seen = _wildcard(pattern), set()
+        for name, module in self.modules.items():
+            fits = kind is None or kind in {cls.__name__ for cls in type(module).__mro__}
+            if fits and regex.fullmatch(name) and id(module) not in seen:
+                seen.add(id(module))
+                yield self.first[id(module)], module
+
+
+def _wildcard(pattern: str) -> re.Pattern[str]:
+    """``*`` and ``?`` within one dotted part, ``**`` across parts."""
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    table = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return re.compile("".join(table.get(part, re.escape(part)) for part in parts))
+
+
+def find_places(net: nn.Module, recipe: Recipe) -> list[Place]:
+    """Which places of a network a recipe quantizes, in the order of the network's modules.
+
+    Raises:
+        RecipeError: If a rule matches nothing, names an unknown role or a port the module does not have.
+    """
+    index, roles = Index.of(net), roles_of(net)
+    chosen: dict[tuple[str, str], Place] = {}
+    for number, rule in enumerate(recipe.rules):
+        for place in _places_of_rule(index, roles, recipe, rule, number, type(net).__name__):
+            key = (place.name, place.port)
+            if key in chosen:
+                logger.info("%s.%s: rule %d takes the place of rule %d", *key, number, chosen[key].rule)
+            chosen[key] = place
+    order = {name: position for position, name in enumerate(index.modules)}
+    places = [place for place in chosen.values() if place.spec is not None and place.bits != FLOAT_BITS]
+    return sorted(places, key=lambda place: order[place.name])
+
+
+def _places_of_rule(
+    index: Index, roles: Mapping[str, tuple[str, ...]], recipe: Recipe, rule: Rule, number: int, backbone: str
+) -> Iterator[Place]:
+    where = f"rule {number} of placement '{recipe.placement}' ({rule.role or rule.match})"
+    if rule.role is not None:
+        if not roles:
+            raise RecipeError(
+                f"{where}: no role table is registered for {backbone}. "
+                f"Known backbones: {', '.join(sorted(ROLE_TABLES))}. Write rules with 'match', or register a table."
+            )
+        if rule.role not in roles:
+            raise RecipeError(f"{where}: {backbone} has no role '{rule.role}'. {suggest(rule.role, roles)}")
+        patterns = roles[rule.role]
+    else:
+        patterns = (rule.match or "",)
+    for pattern in patterns:
+        pattern, _, port_of_role = pattern.partition(":")
+        port, found = rule.port or port_of_role, False
+        if not port and not rule.keep_float:
+            raise RecipeError(f"{where}: say the port, one of input, weight, output")
+        for name, module in index.matching(pattern, rule.type):
+            found = True
+            for one in [port] if port else all_ports(module):
+                yield _place(recipe, rule, number, name, module, one, where)
+        if not found:
+            kind = f" of type {rule.type}" if rule.type else ""
+            near = difflib.get_close_matches(pattern, index.modules, n=5, cutoff=0.4) or list(index.modules)[:5]
+            raise RecipeError(f"{where}: '{pattern}'{kind} matches no module of {backbone}. Near: {', '.join(near)}.")
+
+
+def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module, port: str, where: str) -> Place:
+    if rule.keep_float:
+        return Place(name, module, port, number, None)
+    try:
+        site_class_for(module, {port})
+    except ValueError as error:
+        raise RecipeError(f"{where}: {name}: {error}") from None
+    weight = port == "weight"
+    spec = rule.quantizer or (recipe.quantizers.weight if weight else recipe.quantizers.act)
+    bits = rule.bits if rule.bits is not None else (recipe.bits.weight if weight else recipe.act_widths)
+    cls, role = quantizer_class(spec.type), "weight" if weight else "act"
+    low, high = cls.bits_span
+    widths = bits if isinstance(bits, tuple) else (bits,)
+    if any(not low <= width <= high for width in widths if width != FLOAT_BITS):
+        raise RecipeError(f"{where}: quantizer '{spec.type}' does {low} to {high} bits, asked for {bits}")
+    if role not in cls.roles:
+        raise RecipeError(f"{where}: quantizer '{spec.type}' is for {', '.join(cls.roles)}, port '{port}' needs {role}")
+    if cls.per_channel and not weight and channels_at(module, port) is None:
+        raise RecipeError(
+            f"{where}: quantizer '{spec.type}' has a number per channel, and {name} ({type(module).__name__}) does not "
+            f"say how many pass its port '{port}': give it a place at a convolution or linear layer"
+        )
+    if rule.pad_first and not (port == "input" and isinstance(module, nn.Conv2d)):
+        raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
+    return Place(name, module, port, number, spec, bits, rule.bits is not None, rule.pad_first)
+
+
+def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]:
+    """Modules and ports that one string names: ``pattern:port``, a role that says its ports, or ``role:port``.
+
+    Returns:
+        (dotted name, module, port) of each, in the order of the network's modules.
+
+    Raises:
+        RecipeError: If there is no such module, role, or port input or output.
+    """
+    index, roles = Index.of(net), roles_of(net)
+    role, _, port = place.partition(":")
+    patterns = roles.get(place) or [f"{pattern.partition(':')[0]}:{port}" for pattern in roles.get(role, ())] or [place]
+    found = {
+        (name, spot.partition(":")[2]): module
+        for spot in patterns
+        for name, module in index.matching(spot.partition(":")[0], None)
+    }
+    if not found or any(port not in ("input", "output") for _, port in found):
+        near = difflib.get_close_matches(role, [*roles, *index.modules], n=5, cutoff=0.4)
+        raise RecipeError(
+            f"cannot tap '{place}' of {getattr(net, 'float_class', type(net)).__name__}: give 'module:input' or "
+            f"'module:output', or a role. Near: {', '.join(near) or 'nothing'}."
+        )
+    order = {name: position for position, name in enumerate(index.modules)}
+    return sorted(((name, module, port) for (name, port), module in found.items()), key=lambda one: order[one[0]])
+
+
+def channels_at(module: nn.Module, port: str) -> Optional[int]:
+    """How many channels the tensors at a port have, as far as the module or the layers in it say."""
+    names = ("out_channels", "out_features") if port == "output" else ("in_channels", "in_features")
+    parts = list(module.modules())  # of a block: its first layer tells the input, its last one the output
+    parts = parts if port != "output" else [module, *reversed(parts[1:])]
+    found = (getattr(part, name, None) for part in parts for name in (*names, "num_features"))
+    return next((number for number in found if isinstance(number, int)), None)

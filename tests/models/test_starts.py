@@ -1,0 +1,254 @@
+"""Where quantized networks start from: another quantized network, and the teachers of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin import compat
+from qsr_plugin.checkpoint import CheckpointError, save_quantized, save_torch
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.recipe import load_recipe
+from qsr_plugin.quant.surgery import plugin_keys, quantize_model
+from tests.host import harness
+
+compat.import_host()
+
+from basicsr.models import build_model  # noqa: E402
+
+from qsr_plugin.models.loading import adopt  # noqa: E402
+from qsr_plugin.models.stages import check_stages, parameter_groups, project  # noqa: E402
+from qsr_plugin.models.teaching import TEACHER_FILE  # noqa: E402
+from tests.host import every_method  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("choosers")
+
+CANDIDATES = [4, 6, 8]
+
+
+def quantized(plain: nn.Module, images: list[Tensor], **changes: Any) -> nn.Module:
+    return calibrate(quantize_model(plain, load_recipe("pams", **changes)), images)
+
+
+def other(plain: nn.Module, policy: str = "toy_selector", act: Any = CANDIDATES, **changes: Any) -> nn.Module:
+    """The same places with a policy, not calibrated, with other float weights."""
+    bits = {"weight": 4, "act": act}
+    net = quantize_model(plain, load_recipe("pams", policy=policy, bits=bits, **changes))
+    with torch.no_grad():
+        for parameter in parameter_groups(net)["weights"]:
+            parameter.add_(1.0)
+    return net
+
+
+# -- from another quantized network ----------------------------------------------------------------------------------
+
+
+def test_a_range_becomes_that_of_every_candidate(tiny_net, images, tmp_path: Path) -> None:
+    first, second = quantized(tiny_net(), images), other(tiny_net())
+    own = {key: value.clone() for key, value in second.state_dict().items() if "_policy." in key}
+    save_quantized(first, tmp_path / "net.safetensors")
+    adopt(second, str(tmp_path / "net.safetensors"))
+    state = second.state_dict()
+    for key, value in first.state_dict().items():
+        assert torch.equal(state[key], value.expand_as(state[key])), key
+    assert own and all(torch.equal(state[key], value) for key, value in own.items()), "policies keep their start"
+    alpha = second.body[0].quantizer("input").alpha
+    assert alpha.shape == (3,) and alpha.is_contiguous() and alpha.storage_offset() == 0
+    second(images[0])  # is calibrated
+    with torch.no_grad():
+        alpha[0] += 1.0
+    assert alpha[1] != alpha[0], "each candidate has a number of its own"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "params", "module"])
+def test_policies_of_the_start_are_left_behind(tiny_net, images, tmp_path: Path, kind: str) -> None:
+    first, second = calibrate(other(tiny_net(), "toy_gate"), images), other(tiny_net(), "toy_brightness")
+    with torch.no_grad():
+        for index, quantizer in enumerate(parameter_groups(first)["ranges"]):
+            quantizer.copy_(torch.tensor([1.0, 2.0, 3.0]) + index)
+    limits = second.bit_policy.limits.clone()
+    if kind == "safetensors":
+        save_quantized(first, path := tmp_path / "net.safetensors")
+    else:
+        state = {("module." if kind == "module" else "") + key: value for key, value in first.state_dict().items()}
+        save_torch({"params": state}, path := tmp_path / "net.pth")
+    adopt(second, str(path))
+    state = second.state_dict()
+    shared = [key for key in first.state_dict() if "_policy." not in key]
+    assert all(torch.equal(state[key], first.state_dict()[key]) for key in shared)
+    assert torch.equal(second.bit_policy.limits, limits)
+    back = other(tiny_net(), act=4, policy="fixed")
+    with pytest.raises(CheckpointError, match=r"shape: .*alpha is \(3,\), the network wants \(\)"):
+        adopt(back, str(path))
+
+
+@pytest.mark.parametrize("case", ["backbone", "depth", "placement", "float"])
+def test_a_start_that_does_not_fit_changes_nothing(tiny_net, images, tmp_path: Path, case: str) -> None:
+    path = str(tmp_path / "net.safetensors")
+    if case == "backbone":
+        first = quantized(tiny_net("SRResNet"), images)
+    elif case == "depth":
+        first = quantized(tiny_net(num_block=3), images)
+    else:
+        first = quantized(tiny_net(), images, placement="body" if case == "placement" else "quantized_input")
+    if case == "float":
+        added = plugin_keys(first)
+        path = str(tmp_path / "net.pth")
+        save_torch({"params": {key: v for key, v in first.state_dict().items() if key not in added}}, path)
+    else:
+        save_quantized(first, path)
+    second = other(tiny_net())
+    before = {key: value.clone() for key, value in second.state_dict().items()}
+    with pytest.raises(CheckpointError, match="path.pretrain_network_quantized: .* does not fit recipe and backbone"):
+        adopt(second, path)
+    assert harness.differences(before, second.state_dict()) == []
+
+
+# -- in the host's model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return harness.write_data(tmp_path_factory.mktemp("data"), count=4)
+
+
+def options(data: Path, root: Path, **changes: Any) -> dict[str, Any]:
+    """Options of a run whose loss compares with the network at the start."""
+    root.mkdir(exist_ok=True)
+    opt = every_method.options(data, root, "pams", "EDSR")
+    recipe = {
+        "teacher": "start",
+        "losses": [{"type": "SKTLoss"}],
+        "stages": [{"lr": {"weights": 1e-2, "ranges": 1e-2}}],
+    }
+    opt["network_g"]["recipe"] = load_recipe("pams", **{**recipe, **changes}).to_dict()
+    return opt
+
+
+def outputs(net: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return net(every_method.batch(1)["lq"])
+
+
+def test_the_network_at_the_start_teaches_and_does_not_change(data: Path, tmp_path: Path) -> None:
+    model = build_model(options(data, tmp_path))
+    start = outputs(model.net.eval())
+    model.net.train()
+    assert torch.equal(outputs(model.teacher), start) and model.teacher is not model.net
+    every_method.iterate(model, range(1, 4))
+    assert model.log_dict["l_sktloss"] > 0 and not torch.equal(outputs(model.net.eval()), start)
+    assert torch.equal(outputs(model.teacher), start) and not any(p.requires_grad for p in model.teacher.parameters())
+    assert (tmp_path / "models" / TEACHER_FILE).is_file()
+
+
+def test_a_resumed_run_has_the_same_teacher(data: Path, tmp_path: Path) -> None:
+    model = build_model(options(data, tmp_path))
+    every_method.iterate(model, range(1, 3))
+    model.save(0, 2)
+    opt = options(data, tmp_path)
+    opt["path"].update(
+        resume_state=str(tmp_path / "states/2.state"), pretrain_network_g=str(tmp_path / "models/net_g_2.pth")
+    )
+    again = build_model(opt)
+    assert torch.equal(outputs(again.teacher), outputs(model.teacher))
+    assert not torch.equal(outputs(again.net), outputs(again.teacher))
+    (tmp_path / "models" / TEACHER_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{TEACHER_FILE} does not exist"):
+        build_model(opt)
+
+
+def test_a_teacher_can_be_given(data: Path, tmp_path: Path) -> None:
+    first = build_model(options(data, tmp_path))
+    every_method.iterate(first, range(1, 3))
+    given = tmp_path / "given.safetensors"
+    save_quantized(first.net, given)
+    opt = options(data, tmp_path / "second")
+    opt["path"]["pretrain_network_teacher"] = str(given)
+    second = build_model(opt)
+    assert torch.equal(outputs(second.teacher), outputs(first.net.eval()))
+    assert not (tmp_path / "second/models" / TEACHER_FILE).exists()
+    every_method.iterate(second, range(1, 2))
+    assert second.log_dict["l_sktloss"] > 0
+
+
+def test_a_run_may_live_from_the_losses_of_its_recipe(data: Path, tmp_path: Path) -> None:
+    opt = options(data, tmp_path, teacher="float")
+    del opt["train"]["pixel_opt"]
+    model = build_model(opt)
+    start = outputs(model.net)
+    every_method.iterate(model, range(1, 3))
+    assert set(model.log_dict) == {"l_sktloss", "clipped"} and model.log_dict["l_sktloss"] > 0
+    assert not torch.equal(outputs(model.net), start)
+    bare = options(data, tmp_path, losses=[])
+    del bare["train"]["pixel_opt"]
+    with pytest.raises(ValueError, match="pixel"):
+        build_model(bare)
+
+
+def test_a_run_starts_from_another_quantized_network(data: Path, tmp_path: Path) -> None:
+    first = build_model(options(data, tmp_path))
+    every_method.iterate(first, range(1, 3))
+    save_quantized(first.net, tmp_path / "first.safetensors")
+    opt = options(data, tmp_path / "second", policy={"type": "toy_selector"}, bits={"weight": 4, "act": CANDIDATES})
+    opt["path"].update(pretrain_network_quantized=str(tmp_path / "first.safetensors"), pretrain_network_float=None)
+    second = build_model(opt)
+    state = second.net.state_dict()
+    assert all(torch.equal(state[k], v.expand_as(state[k])) for k, v in first.net.state_dict().items())
+    assert [group["name"] for group in second.optimizer_g.param_groups] == ["weights", "ranges", "bits"]
+
+
+# -- groups and stages -----------------------------------------------------------------------------------------------
+
+
+def test_stages_train_bits_and_thresholds_apart(data: Path, tmp_path: Path) -> None:
+    stages = [
+        {"train": ["bits"], "iters": 1, "lr": {"bits": 1e-2}},
+        {"train": ["thresholds"], "iters": 1, "lr": {"thresholds": 1e-1}, "adapt_thresholds": True},
+        {"train": ["weights"], "lr": {"weights": 1e-3}},
+    ]
+    bits = {"weight": 4, "act": CANDIDATES}
+    model = build_model(options(data, tmp_path, policy={"type": "toy_gate"}, bits=bits, stages=stages, losses=[]))
+    shared, moved = model.net.bit_policy, []
+    with torch.no_grad():
+        shared.limit.fill_(0.5)
+    for iteration in (1, 2, 3):
+        before = [shared.linear.weight.clone(), shared.limit.clone(), model.net.conv_first.weight.clone()]
+        every_method.iterate(model, range(iteration, iteration + 1))
+        after = [shared.linear.weight, shared.limit, model.net.conv_first.weight]
+        moved.append([not torch.equal(a, b) for a, b in zip(before, after)])
+    assert moved == [[True, False, False], [False, True, False], [False, False, True]]
+    with torch.no_grad():
+        shared.limit.fill_(9.0)
+    every_method.iterate(model, range(4, 5))
+    assert shared.limit.item() == 1.0, "brought back after every step"
+    assert {g["name"]: g["initial_lr"] for g in model.optimizer_g.param_groups}.keys() == {
+        "weights",
+        "bits",
+        "thresholds",
+    }
+
+
+def test_policies_hear_of_every_stage(data: Path, tmp_path: Path) -> None:
+    bits, stages = {"weight": 4, "act": CANDIDATES}, [{"iters": 1, "adapt_thresholds": True}, {}]
+    model = build_model(options(data, tmp_path, policy={"type": "toy_brightness"}, bits=bits, stages=stages, losses=[]))
+    policy = model.net.body[0].get_submodule("input_policy")
+    heard = []
+    for iteration in (1, 2):
+        every_method.iterate(model, range(iteration, iteration + 1))
+        heard.append(policy.stage.adapt_thresholds)
+    assert heard == [True, False]
+
+
+def test_thresholds_that_follow_nothing_are_warned_about(tiny_net, images, caplog) -> None:
+    (stage,) = load_recipe("pams", stages=[{"adapt_thresholds": True}]).stages
+    for policy, told in (("toy_brightness", False), ("toy_gate", True)):
+        caplog.clear()
+        check_stages([stage], calibrate(other(tiny_net(), policy), images))
+        assert ("adapt_thresholds has no effect" in caplog.text) == told
+    net = other(tiny_net(), "toy_gate")
+    project(net)
+    assert net.bit_policy.limit.item() == 1.0
