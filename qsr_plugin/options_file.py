@@ -13,7 +13,7 @@ import yaml
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.quant.recipe import load_recipe
 
-#: Prefix in ``_base_`` for files shipped with the package.
+#: Prefix in ``_base_`` and ``starts_from`` for files shipped with the package.
 SHIPPED = "qsr:"
 
 
@@ -58,6 +58,8 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise OptionsError(f"{path}: only .yml and .yaml option files are read")
     data = read_yaml(path)
     bases = data.pop("_base_", [])
+    if data.get("starts_from"):
+        data["starts_from"] = str(_locate(str(data["starts_from"]), path).resolve())
     merged = Config({})
     try:
         for base in [bases] if isinstance(bases, str) else bases:
@@ -79,12 +81,13 @@ def load_options(path: Union[str, Path], forced: Sequence[str] = ()) -> dict[str
     neither this package's files nor its defaults.
 
     Args:
-        path: YAML file. ``_base_`` entries are relative to the file, or ``qsr:...`` for files of this package; so may
-            be weights below ``path``, as ``qsr:assets/NAME``.
+        path: YAML file. ``_base_`` entries and ``starts_from`` are relative to the file, or ``qsr:...`` for files of
+            this package; so may be weights below ``path``, as ``qsr:assets/NAME``.
         forced: BasicSR's ``key:key=value`` entries, which win over the file. The key must exist.
 
     Returns:
-        The options; keys of the file win over those of its bases, mappings are merged.
+        The options; keys of the file win over those of its bases, mappings are merged. Data sets set to null are left
+        out.
 
     Raises:
         OptionsError: For a missing, unsafe or circular file, or a recipe without a QuantNet.
@@ -102,6 +105,8 @@ def load_options(path: Union[str, Path], forced: Sequence[str] = ()) -> dict[str
         if "recipe" not in network:
             raise OptionsError(f"{path}: network_g.type is QuantNet, but there is no recipe block")
         network["recipe"] = load_recipe(network["recipe"]).to_dict()
+    for name in [name for name, dataset in (options.get("datasets") or {}).items() if dataset is None]:
+        del options["datasets"][name]  # how a file leaves out a set of its _base_
     for key, value in (options.get("path") or {}).items():
         if isinstance(value, str) and value.startswith(SHIPPED):
             folder, _, name = value[len(SHIPPED) :].partition("/")
@@ -161,13 +166,13 @@ def scale_of(backbone: Mapping[str, Any]) -> int:
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """``W4A4`` as (4, 4): bits of weights and of activations.
+    """``W4A4`` as (4, 4): bits of weights and of activations; ``W4A4MP`` is the same, for a policy around them.
 
     Raises:
         OptionsError: For anything else.
     """
-    if not (found := re.fullmatch(r"[wW](\d+)[aA](\d+)", text)):
-        raise OptionsError(f"bits are '{text}'; expected weight and activation bits, e.g. W4A4 or W8A8")
+    if not (found := re.fullmatch(r"[wW](\d+)[aA](\d+)(?:[mM][pP])?", text)):
+        raise OptionsError(f"bits are '{text}'; expected weight and activation bits, e.g. W4A4, W8A8 or W4A4MP")
     return int(found[1]), int(found[2])
 
 

@@ -14,6 +14,7 @@ _PLUGINS = (
     "qsr_plugin.losses.distill_loss",
     "qsr_plugin.losses.gate_loss",
     "qsr_plugin.losses.mismatch_loss",
+    "qsr_plugin.losses.weighted_bit_loss",
     "qsr_plugin.models.quant_sr_model",
 )
 

@@ -19,6 +19,7 @@ from typing import Any, Optional
 import torch
 
 from qsr_plugin import compat
+from qsr_plugin.chain import start_of
 from qsr_plugin.checkpoint import CheckpointError, read_file
 from qsr_plugin.errors import UserError
 from qsr_plugin.memory import keep_freed_memory
@@ -82,6 +83,24 @@ def check_before_start(options: dict[str, Any]) -> None:
         if key.startswith("pretrain_network") and value:
             read_file(value)
     refuse_bad_data(options)
+
+
+def prepare_start(options: dict[str, Any], resolved: Path, flags: list[str]) -> None:
+    """Have the training start from another one's result if the options say so, training that one first if need be.
+
+    Args:
+        options: Resolved options; the path of the start is put in.
+        resolved: Their file, which is written again.
+        flags: The host's part of the command line.
+    """
+    folder = Path("experiments", options["name"])
+    resuming = bool((options.get("path") or {}).get("resume_state")) or (
+        "--auto_resume" in flags and newest_state(folder / "training_states", folder / "models") is not None
+    )
+    start = start_of(options, resuming=resuming, distributed="--launcher" in flags and "none" not in flags)
+    if start is not None:
+        options.setdefault("path", {})["pretrain_network_quantized"] = str(start)
+        write_options(options, resolved)
 
 
 def newest_state(folder: Path, models: Path) -> Optional[tuple[Path, dict[str, Any]]]:
@@ -195,6 +214,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
             check_before_start(options)
             keep_freed_memory()
             if pipeline == "train":
+                prepare_start(options, Path(sys.argv[2]), sys.argv[3:])
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())

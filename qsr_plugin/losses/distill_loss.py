@@ -1,7 +1,12 @@
-"""Distillation from the float teacher: structured knowledge transfer (PAMS, Li et al., ECCV 2020, Sec. 3.3)."""
+"""Distillation from the float teacher: its output, its features, and structured knowledge transfer.
+
+Structured knowledge transfer is that of PAMS (Li et al., ECCV 2020, Sec. 3.3); the losses on the output and on blocks
+are those of AdaBM (Hong and Lee, CVPR 2024) and need no ground truth.
+"""
 
 from __future__ import annotations
 
+import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,3 +50,82 @@ class SKTLoss(StepLoss):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The weighted loss between two ``(N, C, H, W)`` feature tensors; no gradient reaches the teacher's."""
         return self.loss_weight * F.mse_loss(energy_map(student), energy_map(teacher.detach()))
+
+
+@LOSS_REGISTRY.register()
+class BlockSKTLoss(SKTLoss):
+    """Sum over the blocks of the mean squared difference of the energy maps (CADyQ, Hong et al., ECCV 2022).
+
+    Args:
+        loss_weight: Factor. The published 100 goes with an L1 loss on pixels in 0..255; with pixels in 0..1 the same
+            balance is 100 / 255.
+        features: Role or ``module:port`` of the tensors that are compared, one for each block; published is what the
+            last convolution of a residual block gives, before it is scaled, normalised or quantized.
+    """
+
+    def __init__(self, loss_weight: float = 100 / 255, features: str = "block.conv_last:output") -> None:
+        super().__init__(loss_weight, features)
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The weighted loss of one training step."""
+        pairs = zip(step.record.tapped(self.taps[0]), step.teacher_record.tapped(self.taps[0]), strict=True)
+        return sum(self.compare(student, teacher) for student, teacher in pairs)
+
+
+@LOSS_REGISTRY.register()
+class TeacherLoss(StepLoss):
+    """Mean absolute difference of the outputs of student and teacher.
+
+    Args:
+        loss_weight: Factor.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The weighted loss of one training step."""
+        return self.loss_weight * F.l1_loss(step.output, step.teacher_output)
+
+
+@LOSS_REGISTRY.register()
+class BlockFeatureLoss(StepLoss):
+    """Distance of the features of student and teacher behind each residual block.
+
+    The features of a block are divided by their Euclidean norm over the whole batch. The loss is, with a distance over
+    one image and the sum over N images and B blocks, ``loss_weight * (1 / N) * (1 / (N B)) * sum |F_q - F|_2``.
+
+    Args:
+        loss_weight: Factor. The published 10 goes with an L1 loss on pixels in 0..255; with pixels in 0..1 the same
+            balance is 10 / 255.
+        features: Role or ``module:port`` of the tensors that are compared; may be several modules.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, loss_weight: float = 10 / 255, features: str = "block:output") -> None:
+        super().__init__()
+        self.loss_weight, self.taps = loss_weight, (features,)
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The weighted loss of one training step."""
+        name = self.taps[0]
+        return self.compare(step.record.tapped(name), step.teacher_record.tapped(name))
+
+    def compare(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """The weighted loss between the ``(N, C, H, W)`` features of B blocks; no gradient reaches the teacher's."""
+        distances = torch.stack([_distances(one, other.detach()) for one, other in zip(student, teacher)])
+        return self.loss_weight * distances.mean() / distances.shape[1]
+
+
+def _distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """``(N,)`` distances of two feature tensors, each of unit length over the batch."""
+    axes = tuple(range(1, student.dim()))
+    return torch.linalg.vector_norm(_unit(student) - _unit(teacher), dim=axes)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / torch.linalg.vector_norm(features).clamp_min(1e-12)

@@ -1,3 +1,16 @@
 """Published methods, one file each; importing this package registers their quantizers and bit policies."""
 
-from qsr_plugin.methods import daq, ddtb, fqsr, linq_dorefa_lsq, minmax_percentile, odm, pams, quantsr  # noqa: F401
+from qsr_plugin.methods import (  # noqa: F401
+    adabm,
+    cabm,
+    cadyq,
+    daq,
+    ddtb,
+    fqsr,
+    granular_dq,
+    linq_dorefa_lsq,
+    minmax_percentile,
+    odm,
+    pams,
+    quantsr,
+)

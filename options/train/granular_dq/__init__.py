@@ -1,0 +1,1 @@
+"""Option files; installed below ``qsr_plugin.options``."""

@@ -1,0 +1,315 @@
+"""AdaBM against figures computed with the published code (float32), and its parts in networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin import compat
+from qsr_plugin.losses.context import StepContext
+from qsr_plugin.methods.adabm import AdaBMOptions, AdaBMPolicy, BitAwareQuantizer, ImageBits, complexity
+from qsr_plugin.methods.minmax_percentile import SymmetricQuantizer
+from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.recipe import RecipeError, load_recipe
+from qsr_plugin.quant.record import ForwardRecord, fitting
+from qsr_plugin.quant.surgery import policies, quantize_model, quantizers
+
+compat.import_host()
+
+from qsr_plugin.losses.bit_loss import BitLoss  # noqa: E402
+from qsr_plugin.losses.distill_loss import BlockFeatureLoss, TeacherLoss  # noqa: E402
+
+WIDTHS = (2, 3, 4, 5, 6)
+
+
+def close(got: Tensor, want: list | float, digits: int = 6) -> None:
+    wanted = torch.tensor(want, dtype=torch.float32).flatten()
+    assert torch.allclose(got.detach().float().flatten(), wanted, atol=1.01 * 10**-digits, rtol=1e-6), got
+
+
+def bounded(low: float, high: float, **options: object) -> BitAwareQuantizer:
+    q = BitAwareQuantizer(BitAwareQuantizer.Options(**options), WIDTHS, "act", 1)
+    with torch.no_grad():
+        q.set_range(torch.tensor(low), torch.tensor(high))
+    q.mark_calibrated()
+    return q
+
+
+def image_bits(low: float = 20.0, high: float = 120.0, places: tuple[str, ...] = (), **options: float) -> ImageBits:
+    part = ImageBits(AdaBMOptions(**options), WIDTHS, places, ())
+    with torch.no_grad():
+        part.lower.fill_(low)
+        part.upper.fill_(high)
+    return part
+
+
+def image(a: int, b: int, c: int, d: int, p: int) -> Tensor:
+    """The worked examples' image, (3, 12, 10) in 0..1."""
+    y, x = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
+    return torch.stack([(a * y + b * x + 17 * c * k + d * (x * y % 7) * (k + 1)) % p for k in range(3)]) / 255
+
+
+IMAGES = torch.stack([image(1, 1, 0, 0, 97), image(3, 5, 1, 2, 251), image(11, 7, 2, 3, 211), image(29, 31, 3, 5, 239)])
+COMPLEXITIES = [3.56209, 19.80159, 39.96477, 73.41377]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bits", "x", "values", "dx", "dl", "du", "db"),
+    [
+        (
+            -0.6, 1.2, 2.0,
+            [-1.2, -0.5, 0.03, 0.5, 1.0, 2.4], [-0.6, -0.6, 0.0, 0.6, 1.2, 1.2],
+            [0.0, 1.0, 1.0, 1.0, 1.0, 0.0], 0.905556, 1.094444, -0.157113,
+        ),
+        (
+            -0.25, 1.5, 4.0,
+            [-0.5, 0.1, 0.73, 1.9], [-0.25, 0.1, 0.683333, 1.5],
+            [0.0, 1.0, 1.0, 0.0], 1.026667, 0.973333, 0.034503,
+        ),
+    ],
+)  # fmt: skip
+def test_activations_of_one_image_with_its_own_bits(low, high, bits, x, values, dx, dl, du, db) -> None:
+    q, x, width = bounded(low, high), torch.tensor([x], requires_grad=True), torch.tensor([bits], requires_grad=True)
+    out = q(x, width)
+    close(out, values)
+    for got, want in zip(torch.autograd.grad(out.sum(), (x, q.lower, q.upper, width)), (dx, dl, du, db)):
+        close(got, want)
+
+
+def test_weights_and_the_search_of_their_bound() -> None:
+    recipe = load_recipe("adabm")
+    options = SymmetricQuantizer.Options(**recipe.quantizers.weight.extras())
+    q = SymmetricQuantizer(options, (4,), "weight", 0)
+    q.begin_calibration()
+    q.observe(torch.tensor([0.05, -0.1, 0.2, 0.3, -0.35, 0.9, -1.1, 0.12]))
+    q.end_calibration()
+    close(q.bound, 0.9)
+    with torch.no_grad():
+        q.bound.fill_(0.5)
+    out = q(torch.tensor([-0.9, -0.1, 0.0, 0.25, 0.31, 0.8]))
+    close(out, [-0.5, -0.1, 0.033333, 0.233333, 0.3, 0.5])
+    close(torch.autograd.grad(out.sum(), q.bound)[0], 0.013333)
+
+
+def test_bounds_are_averaged_over_batches() -> None:
+    q = bounded(0.0, 0.0)
+    q.begin_calibration()
+    for batch, want in (([-1.0, 0, 2, 5], (-1, 5)), ([-3.0, 1, 4], (-1.2, 4.9)), ([-0.5, 0.5], (-1.13, 4.46))):
+        q.observe(torch.tensor(batch))
+        close(torch.stack(q.observed_range()), list(map(float, want)))
+    q.end_calibration()
+    close(torch.stack([q.lower, q.upper]), [-1.13, 4.46])
+
+
+X = torch.tensor([-0.2, 0.1, 0.3, 0.5, 0.2, -0.1, 3.0, 0.25])
+
+
+def test_bit_aware_clipping() -> None:
+    q = bounded(-0.2, 3.0)
+    q.fit(X, 3)
+    close(torch.stack([q.lower, q.upper]), [-0.198, 2.97])
+    q = bounded(-0.2, 3.0, mix=1.0)
+    q.fit(X, 3)
+    close(torch.stack([q.lower, q.upper]), [-0.196, 2.94])
+
+
+def test_clipping_leaves_places_with_bits_of_their_own() -> None:
+    q = bounded(-0.2, 3.0)
+    q.counts_in_fab = False
+    q.fit(X, 3)
+    close(torch.stack([q.lower, q.upper]), [-0.2, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("offset", "bits", "slope"), [(-1.0, 3, -0.028516), (-0.4, 4, 21.4331), (0.6, 5, 35.5953), (1.7, 5, 6.25338)]
+)
+def test_the_place_learns_from_reconstruction_and_price(offset: float, bits: int, slope: float) -> None:
+    policy = AdaBMPolicy(AdaBMOptions(), WIDTHS)
+    with torch.no_grad():
+        policy.offset.fill_(offset)
+    x = torch.tensor([[0.12, 0.77, 1.31]])
+    width = policy.decide(x, None).bits
+    record = ForwardRecord(1, bits={"place": width}, policy=image_bits())
+    price = BitLoss(loss_weight=50)(StepContext(x, x, record))
+    assert width.item() == bits == policy.usual_bits()
+    assert price.item() == 50 * max(bits - 4, 0)
+    (got,) = torch.autograd.grad(bounded(0.0, 1.6)(x, width).sum() + price, policy.offset)
+    assert got.item() == pytest.approx(slope, rel=3e-5, abs=1e-6)
+
+
+def test_complexity_thresholds_and_terms_of_images() -> None:
+    c = complexity(IMAGES)
+    close(c, COMPLEXITIES, digits=4)
+    part = image_bits()
+    part.begin_calibration()
+    part.observe(IMAGES)
+    part.end_calibration()
+    close(torch.stack([part.lower, part.upper]), [8.43394, 63.37906], digits=4)
+    part = image_bits()
+    record = ForwardRecord(4, image=IMAGES, policy=part)
+    term = part.term(record)
+    assert term.tolist() == [-1, -1, 0, 0]
+    middle, half = 70.0, 50.0
+    soft = [-0.868946, -0.763256, -0.537551, 0.068169]
+    close(torch.tanh((c - middle) / half), soft)
+    for index, z in enumerate(soft):
+        got = torch.autograd.grad(part.term(record)[index], (part.lower, part.upper))
+        k, d = 1 - z**2, 100.0
+        turn = 2 * (COMPLEXITIES[index] - middle) / d**2
+        close(torch.stack(got), [k * (-1 / d + turn), k * (-1 / d - turn)])
+
+
+def test_thresholds_themselves_lie_between() -> None:
+    c = torch.tensor([19.999, 20.0, 120.0, 120.001])
+    assert image_bits().of_complexity(c).tolist() == [-1, 0, 0, 1]
+
+
+def test_image_thresholds_follow_the_batches_of_a_calibration() -> None:
+    part = image_bits()
+    part.begin_calibration()
+    part.observe(IMAGES)
+    part.observe(IMAGES[:1])
+    part.end_calibration()
+    want = [0.9 * 8.43394 + 0.1 * COMPLEXITIES[0], 0.9 * 63.37906 + 0.1 * COMPLEXITIES[0]]
+    close(torch.stack([part.lower, part.upper]), want, digits=4)
+    part.observe(IMAGES[3:])
+    part.end_calibration(keep=False)
+    close(torch.stack([part.lower, part.upper]), want, digits=4)
+
+
+def test_terms_of_places_from_their_sensitivities() -> None:
+    asking = {f"place{i}": AdaBMPolicy(AdaBMOptions(), WIDTHS) for i in range(7)}
+    for policy, sensitivity in zip(asking.values(), [0.5, 1.5, 0.9, 2.2, 3.1, 0.7, 1.1]):
+        policy.sensitivity = torch.tensor(sensitivity)
+    image_bits(places=tuple(asking)).settle(asking)
+    assert [policy.offset.item() for policy in asking.values()] == [-1, 0, 0, 1, 1, -1, 0]
+
+
+def test_sensitivity_is_the_mean_over_batches_of_the_mean_over_images() -> None:
+    policy = AdaBMPolicy(AdaBMOptions(), WIDTHS)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 2, 3, 4, generator=generator) * n for n in (1, 3)]
+    policy.begin_calibration()
+    for batch in batches:
+        policy.observe(batch)
+    policy.end_calibration()
+    want = sum(sum(one.std().item() for one in batch) / len(batch) for batch in batches) / 2
+    assert policy.sensitivity.item() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_images_of_one_colour_are_the_simplest(level: float) -> None:
+    part = image_bits(low=5.0)
+    term = part.term(ForwardRecord(1, image=torch.full((1, 3, 6, 6), level), policy=part))
+    assert term.item() == -1 and bool(
+        torch.isfinite(torch.stack(torch.autograd.grad(term, [part.lower, part.upper]))).all()
+    )
+
+
+def test_a_calibration_on_one_colour_keeps_the_thresholds_apart() -> None:
+    part = image_bits()
+    part.begin_calibration()
+    part.observe(torch.full((2, 3, 6, 6), 0.3))
+    part.end_calibration()
+    assert part.upper - part.lower >= 0.99e-3
+    assert bool(torch.isfinite(part.of_complexity(torch.tensor([0.0, 50.0]))).all())
+    with torch.no_grad():
+        part.lower.fill_(90.0)
+    part.project()
+    assert part.upper > part.lower
+
+
+def test_one_bit_width_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"2 bits below and above one bit width, got \[4, 6, 8\]"):
+        AdaBMPolicy(AdaBMOptions(), (4, 6, 8))
+    with pytest.raises(RecipeError, match="give 4 or more"):
+        load_recipe("adabm", act_bits=3)
+
+
+def adapted(net: nn.Module, images: list[Tensor], **changes: object) -> nn.Module:
+    return calibrate(quantize_model(net, load_recipe("adabm", **changes)), images)
+
+
+@pytest.mark.parametrize("placement", ["body", "full"])
+@pytest.mark.parametrize("kind", ["EDSR", "SRResNet"])
+def test_bits_in_a_network(tiny_net, images, kind: str, placement: str) -> None:
+    net = adapted(tiny_net(kind), images, placement=placement)
+    flat = torch.full((1, 3, 8, 8), 0.5)
+    batch = torch.cat([flat, images[0]])
+    out, bits = net(batch), net.last_record().bits
+    term = net.bit_policy.term(net.last_record())
+    asking = {name: policy for name, policy in policies(net) if isinstance(policy, AdaBMPolicy)}
+    assert len(asking) == (4 if placement == "body" else 5) and set(asking) == set(net.bit_policy.places)
+    for name, policy in asking.items():
+        assert torch.equal(bits[name], policy.usual_bits() + term) and set(bits[name].tolist()) <= {2, 3, 4, 5, 6}
+    assert {width for name, width in bits.items() if name not in asking} == ({8} if placement == "full" else set())
+    assert sorted({policy.usual_bits() for policy in asking.values()}) == [3, 4, 5], "places differ in sensitivity"
+    assert term[0] == -1, "the simplest image"
+    for index in range(3):
+        assert torch.allclose(net(batch[index : index + 1]), out[index : index + 1], atol=1e-6)
+        assert [net.last_record().bits[name].item() for name in asking] == [bits[name][index].item() for name in asking]
+
+
+def test_ranges_are_clipped_behind_quantized_layers(tiny_net, images) -> None:
+    net = adapted(tiny_net(), images)
+    plain = adapted(tiny_net(), images, calibration={"fit": 0})
+    widths = {name: (q.lower.item(), q.upper.item()) for name, q in quantizers(plain) if q.role == "act"}
+    moved = 0
+    for name, q in quantizers(net):
+        if q.role == "act":
+            low, high = widths[name]
+            share = q.upper.item() / high
+            assert 0.5 <= share <= 1 + 1e-6 and q.lower.item() == pytest.approx(share * low, abs=1e-5)
+            moved += share < 1
+    assert moved
+    with torch.no_grad(), fitting():  # the two images that the recipe fits to, once more by hand
+        plain(images[0][:2])
+    assert all(torch.allclose(net.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+def test_a_second_calibration_replaces_the_first(tiny_net, images) -> None:
+    net = adapted(tiny_net("SRResNet"), images)
+    first = {key: value.clone() for key, value in net.state_dict().items()}
+    calibrate(net, [0.3 * batch for batch in images])
+    assert any(not torch.equal(first[key], value) for key, value in net.state_dict().items())
+    calibrate(net, images)
+    assert all(torch.equal(first[key], value) for key, value in net.state_dict().items())
+
+
+def test_every_part_learns(tiny_net, images) -> None:
+    net = adapted(tiny_net(), images).train()
+    out = net(images[0])
+    record = net.last_record()
+    loss = TeacherLoss()(StepContext(out, out, record, torch.zeros_like(out))) + BitLoss(target_bits=2)(
+        StepContext(out, out, record)
+    )
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad != 0) for p in [q.offset for _, q in policies(net)])
+    assert bool(net.bit_policy.lower.grad != 0) and bool(net.bit_policy.upper.grad != 0)
+
+
+def test_features_of_blocks_are_compared_at_unit_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [torch.randn(2, 3, 4, 5, generator=generator).requires_grad_() for _ in range(3)] for _ in range(2)
+    )
+    loss = BlockFeatureLoss(loss_weight=10)
+    units = [[f / f.detach().double().square().sum().sqrt() for f in features] for features in (student, teacher)]
+    distances = [(a[i] - b[i]).norm() for a, b in zip(*units) for i in range(2)]
+    value = loss.compare(student, teacher)
+    assert value.item() == pytest.approx(10 / 2 / 6 * sum(distances).item(), rel=1e-6)
+    value.backward()
+    assert all(f.grad is None for f in teacher)
+    # Features of unit length do not see their own scale, so the gradient is orthogonal to them.
+    assert all(abs((f.grad * f).sum().item()) < 1e-6 and bool(f.grad.abs().max() > 1e-4) for f in student)
+    same = loss.compare(teacher, [f.detach().clone() * 3 for f in teacher])
+    same.backward()
+    assert same.item() < 1e-6 and all(bool(torch.isfinite(f.grad).all()) for f in teacher)
+
+
+def test_distance_to_the_output_of_the_teacher() -> None:
+    a, b = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    assert TeacherLoss(2.0)(StepContext(a, a, ForwardRecord(2), b)).item() == pytest.approx(
+        2 * (a - b).abs().mean().item()
+    )
