@@ -7,6 +7,7 @@ import re
 import sys
 from copy import deepcopy
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any, Optional
 
 import typer
@@ -18,9 +19,12 @@ from rich.table import Table
 from qsr_plugin import compat
 from qsr_plugin.data.cli import app as data_app
 from qsr_plugin.errors import UserError
+from qsr_plugin.plot_cli import app as plot_app
+from qsr_plugin.table_cli import table
 
 app = typer.Typer(help="Quantized image super-resolution for BasicSR.", no_args_is_help=True, add_completion=False)
 app.add_typer(data_app, name="data")
+app.add_typer(plot_app, name="plot")
 console = Console()
 
 _HOST_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -57,23 +61,30 @@ def quantize(
         Optional[Path], typer.Option(help="Or: folder of HR photos, reduced by the network's scale.")
     ] = None,
     method: Annotated[str, typer.Option(help="Shipped recipe (see 'qsr list') or a recipe YAML.")] = "percentile",
-    bits: Annotated[str, typer.Option(help="Weight and activation bits, e.g. W4A4; 32 is float.")] = "W8A8",
+    bits: Annotated[
+        str, typer.Option(help="Weight and activation bits, e.g. W4A4; 32 is float. W4A4MP: a method that adapts them.")
+    ] = "W8A8",
     placement: Annotated[Optional[str], typer.Option(help="Which layers: a placement of the recipe.")] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tune/--no-tune", help="Tune ranges and bits if the recipe says how, or only calibrate.")
+    ] = True,
     test: Pair = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw of calibration crops.")] = 0,
 ) -> None:
-    """Calibrate a float network into a quantized one, and report what it costs and how it scores."""
+    """Calibrate (and tune) a float network into a quantized one, and report what it costs and how it scores."""
     compat.import_host()
-    from qsr_plugin import calibrate, complexity, load_recipe, quantize_model, save_quantized
+    from qsr_plugin import load_recipe, quantize_model, save_quantized
     from qsr_plugin.checkpoint import check_quantized_path
     from qsr_plugin.data.calibration_set import crops_from_folder
+    from qsr_plugin.memory import keep_freed_memory
     from qsr_plugin.options_file import backbone_options, parse_bits, scale_of
-    from qsr_plugin.report.evaluate import evaluate
-    from qsr_plugin.report.tables import results_table, summary_table, write_json
+    from qsr_plugin.report.tables import write_json
 
     weight_bits, act_bits = parse_bits(bits)
     changes = {"placement": placement} if placement else {}
     recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **changes)
+    if bits.upper().endswith("MP") and recipe.policy.type == "fixed":
+        raise typer.BadParameter(f"--bits {bits} asks for adaptive bits, which '{recipe.method}' has not: leave out MP")
     if (images is None) == (photos is None):
         raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
     check_quantized_path(out)
@@ -82,20 +93,13 @@ def quantize(
     float_net = _float_network(backbone, weights)
     net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
-    batches = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
-    calibrate(net, track(batches, description="calibrating", total=None, console=console))
+    crops = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
+    crops = list(track(crops, "reading images", total=None, console=console))
+    keep_freed_memory()
+    results: dict[str, Any] = {"weights": str(weights), "model": str(out)}
+    results["seconds"] = _post_training(net, float_net if tuned else None, crops)
     save_quantized(net, out)
-    costs = complexity(net)
-    results: dict[str, Any] = {"weights": str(weights), "model": str(out), "complexity": costs.to_dict()}
-    if test is None:
-        console.print(summary_table(costs))
-    else:
-        rows = {}
-        for label, one in (("float", float_net), (f"{recipe.method} {bits}", net)):
-            score = evaluate(one, *test, scale, progress=lambda pairs, name=label: track(pairs, f"testing {name}"))
-            rows[label] = (complexity(one), score)
-            results[label] = score.to_dict()
-        console.print(results_table(rows, title=str(test[0])))
+    _report_of_quantized(net, float_net, crops[0], f"{recipe.method} {bits}", test and (*test, scale), results)
     write_json(results, out.with_suffix(".json"))
     console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False)
 
@@ -108,11 +112,16 @@ def report(
     sites: Annotated[bool, typer.Option("--sites", help="One row per layer as well.")] = False,
     depth: Annotated[Optional[int], typer.Option(help="How many blocks run, for a network with depth.")] = None,
     test: Pair = None,
+    patch: Annotated[Optional[int], typer.Option(help="Cut images into patches with this side, in LR pixels.")] = None,
+    overlap: Annotated[int, typer.Option(help="LR pixels that neighbouring patches share.")] = 0,
+    last: Annotated[str, typer.Option(help="Last patch of a row: enlarge (as published) or shift.")] = "enlarge",
+    batch: Annotated[int, typer.Option(help="Patches of one size that run together.")] = 1,
     json: Annotated[Optional[Path], typer.Option(help="Write everything as JSON.")] = None,
 ) -> None:
-    """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR and SSIM."""
+    """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR, SSIM and the bits chosen."""
     compat.import_host()
     from qsr_plugin import complexity, load_quantized, set_depth, slim
+    from qsr_plugin.data.patches import PatchOptions
     from qsr_plugin.options_file import scale_of
     from qsr_plugin.quant.depth import trained_depths
     from qsr_plugin.report.evaluate import evaluate
@@ -126,15 +135,20 @@ def report(
     trained = model.suffix == ".safetensors"
     if test is not None and not trained:
         raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")
-    net = load_quantized(model) if trained else _network_of_file(model)
-    counted_at = (int(found[1]), int(found[2]))
-    costs = complexity(set_depth(net, depth), counted_at, convention=convention)
-    depths = trained_depths(net) if depth is None else ()
-    by_depth = [complexity(slim(net, blocks), counted_at, convention=convention) for blocks in depths]
-    scores = {}
+    if patch is None and (overlap or batch != 1):
+        raise typer.BadParameter("--overlap and --batch are of patches: give --patch as well, e.g. --patch 96")
+    cut = {"size": patch, "overlap": overlap, "last": last, "batch": batch}
+    patches = None if patch is None else PatchOptions.read(cut, "patches")
+    net = set_depth(load_quantized(model) if trained else _network_of_file(model), depth)
+    scores, bits = {}, None
     if test is not None:
         scale = scale_of(net.backbone_options)
-        scores[test[0].parent.name or "test"] = evaluate(net, *test, scale, progress=lambda p: track(p, "testing"))
+        score = evaluate(net, *test, scale, patches=patches, progress=lambda pairs: track(pairs, "testing"))
+        scores[test[0].parent.name or "test"], bits = score, score.place_bits
+    counting = {"input_size": (int(found[1]), int(found[2])), "convention": convention, "patches": patches}
+    costs = complexity(net, bits=bits, **counting)
+    depths = trained_depths(net) if depth is None else ()
+    by_depth = [complexity(slim(net, blocks), **counting) for blocks in depths]
     if sites:
         console.print(site_table(costs))
     console.print(summary_table(costs, scores))
@@ -166,6 +180,9 @@ def slim(
     console.print(f"wrote {out}: file of {now}, was {was}", highlight=False)
 
 
+app.command()(table)
+
+
 @app.command("list")
 def list_all() -> None:
     """Methods and backbones that come with the package."""
@@ -185,6 +202,47 @@ def _float_network(backbone: dict[str, Any], weights: Path) -> Any:
     net = build_backbone(backbone)
     load_float_weights(net, weights)
     return net.eval()
+
+
+def _post_training(net: Any, teacher: Any, crops: list) -> dict[str, float]:
+    """Calibrate, and tune if the recipe says how and there is a teacher; seconds by what they were spent on."""
+    from qsr_plugin import calibrate
+    from qsr_plugin.models.tuning import tune
+
+    begun = perf_counter()
+    calibrate(net, track(crops, "calibrating", console=console))
+    seconds = {"calibration": perf_counter() - begun}
+    console.print(f"calibrated in {seconds['calibration']:.0f} s", highlight=False)
+    if teacher is not None and net.recipe.tuning is not None:
+        spent = tune(net, teacher, crops, progress=lambda steps: track(steps, "tuning", console=console))
+        shares = ", ".join(f"{name} {one:.0f} s" for name, one in spent.items())
+        console.print(f"tuned in {sum(spent.values()):.0f} s: {shares}", highlight=False)
+        seconds |= spent
+    return seconds
+
+
+def _report_of_quantized(net: Any, float_net: Any, crops: Any, label: str, test: Any, results: dict[str, Any]) -> None:
+    """Print what a network costs, and on a test set how it scores beside the float one; fill in ``results``."""
+    import torch
+
+    from qsr_plugin import complexity
+    from qsr_plugin.quant.record import evaluating
+    from qsr_plugin.report.evaluate import evaluate
+    from qsr_plugin.report.tables import results_table, summary_table
+
+    if test is None:
+        with evaluating(net), torch.no_grad():
+            net(crops)  # where a policy chooses bits, these are what is counted
+        costs = complexity(net)
+        console.print(summary_table(costs))
+    else:
+        rows = {}
+        for name, one in (("float", float_net), (label, net)):
+            score = evaluate(one, *test, progress=lambda pairs, name=name: track(pairs, f"testing {name}"))
+            costs = complexity(one, bits=score.place_bits)
+            rows[name], results[name] = (costs, score), score.to_dict()
+        console.print(results_table(rows, title=str(test[0])))
+    results["complexity"] = costs.to_dict()
 
 
 def _network_of_file(path: Path) -> Any:

@@ -123,11 +123,21 @@ def measure_times(work: Workload, case: Case) -> Times:
         case: The quantized step.
     """
     _prepare(work)
-    quantized, plain = training_step(work, case), training_step(work, None)
+    return time_in_groups(training_step(work, case), training_step(work, None), work.groups)
+
+
+def time_in_groups(quantized: Callable[[], None], plain: Callable[[], None], groups: int) -> Times:
+    """Time two steps in ABBA groups, after a few that are not counted.
+
+    Args:
+        quantized: The step in question.
+        plain: The one it is compared with.
+        groups: How many groups are counted.
+    """
     for _ in range(_WARM_UP):
         quantized(), plain()
     ratios, times = [], ([], [])
-    for _ in range(work.groups):
+    for _ in range(groups):
         first, second, third, fourth = (_timed(step) for step in (quantized, plain, plain, quantized))
         ratios.append((first + fourth) / (second + third))
         times[0].append((first + fourth) / 2)

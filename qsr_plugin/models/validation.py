@@ -1,21 +1,33 @@
-"""Validation of a quantized network in the host's loop: whole images or patches, average bits, ranges."""
+"""Validation of a quantized network in the host's loop: whole images or patches, activation bits, ranges."""
 
 from __future__ import annotations
+
+import textwrap
+from typing import Any
 
 import torch
 from basicsr.utils import get_root_logger
 
-from qsr_plugin.data.patches import run_in_patches
+from qsr_plugin.data.patches import PatchOptions
 from qsr_plugin.quant.depth import set_depth
-from qsr_plugin.report.fab import feature_average_bits
+from qsr_plugin.report.fab import BitStatistics, BitTally
+from qsr_plugin.report.patch_bits import run_and_observe
+
+_LINE = 110  # letters
 
 
 class Validation:
-    """Mixin of the model: ``val.patches``, ``val.depth``, FAB beside the host's metrics, and how ranges stand."""
+    """Mixin of the model: ``val.patches``, ``val.depth``, bits beside the host's metrics, and how ranges stand."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        # Read before anything is built, so that a wrong key is told now and not hours later.
+        self._patches = PatchOptions.read((opt.get("val") or {}).get("patches"))
+        self._tally = BitTally()
+        super().__init__(opt)
 
     def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
-        """Validate as the host does, with random states left as they were, and log FAB and ranges."""
-        self._bits: list[float] = []
+        """Validate as the host does, with random states left as they were, and log bits and ranges."""
+        self._tally = BitTally()
         self.net.drop_pairs()  # a whole image's would take many times a training step's memory
         with torch.random.fork_rng():
             super().validation(dataloader, current_iter, tb_logger, save_img)
@@ -23,34 +35,28 @@ class Validation:
             self.log_ranges(current_iter, tb_logger)
 
     def test(self) -> None:
-        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its average bits."""
+        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its bits."""
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
-        modes, options = {module: module.training for module in net.modules()}, self.opt["val"]
-        patches, bits = options.get("patches"), []
-        net.eval()
-        if options.get("depth"):
-            set_depth(net, options["depth"])
-
-        def observed(x: torch.Tensor) -> torch.Tensor:
-            out = net(x)
-            bits.append(feature_average_bits(net, net.last_record()))
-            return out
-
-        with torch.no_grad():
-            scale = self.opt["scale"]
-            self.output = run_in_patches(observed, self.lq, scale, **patches) if patches else observed(self.lq)
-        if options.get("depth"):
+        cut, depth = {} if self._patches is None else self._patches.model_dump(), self.opt["val"].get("depth")
+        if depth:
+            set_depth(net, depth)
+        self.output, parts = run_and_observe(net, self.lq, self.opt["scale"], **cut, may_shrink=True)
+        if depth:
             set_depth(net, None)
-        for module, mode in modes.items():  # frozen batch norm layers stay frozen
-            module.training = mode
-        self._bits.append(sum(bits) / len(bits))
+        images = [[part] for part in parts] if self._patches is None else [parts]
+        for image in images:
+            self._tally.add([part.bits for part in image])
 
     def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:
         super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
-        fab = sum(self._bits) / len(self._bits)
-        get_root_logger().info(f"\t # FAB {dataset_name}: {fab:.3f}")
+        bits, logger = self._tally.statistics(), get_root_logger()
+        logger.info(f"\t # FAB {dataset_name}: {bits.fab:.3f}")
+        if bits.varies:
+            logger.info("\n\t".join(bit_lines(dataset_name, bits)))
         if tb_logger:
-            tb_logger.add_scalar(f"metrics/{dataset_name}/fab", fab, current_iter)
+            tb_logger.add_scalar(f"metrics/{dataset_name}/fab", bits.fab, current_iter)
+            for width, share in bits.shares.items() if bits.varies else ():
+                tb_logger.add_scalar(f"metrics/{dataset_name}/share_of_{width}_bits", share, current_iter)
 
     def log_ranges(self, current_iter: int, tb_logger) -> None:
         """The ranges at the last logged training step: one line each in the log, one scalar each in TensorBoard."""
@@ -62,3 +68,14 @@ class Validation:
             for name, value in statistics.scalars().items():
                 tb_logger.add_scalar(name, value, current_iter)
         self.range_statistics = None
+
+
+def bit_lines(name: str, bits: BitStatistics) -> list[str]:
+    """The widths and their shares in one line, then the mean bits of every place, as many in a line as fit.
+
+    Args:
+        name: Of the data set.
+        bits: Of its images.
+    """
+    places = textwrap.wrap(", ".join(f"{place}: {mean:.2f}" for place, mean in bits.places.items()), _LINE)
+    return [f"bits {name}: {bits.shares_text()}; image FAB {bits.lowest:.2f} to {bits.highest:.2f}", *places]

@@ -69,7 +69,7 @@ class Settings:
 def static_methods() -> list[str]:
     """Shipped recipes that train weights at one fixed bit width."""
     recipes = {name: load_recipe(name) for name in list_methods()}
-    return [name for name, recipe in recipes.items() if _trains(recipe) and isinstance(recipe.bits.act, int)]
+    return [name for name, recipe in recipes.items() if _trains(recipe) and isinstance(recipe.act_widths, int)]
 
 
 def _trains(recipe: Recipe) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from qsr_plugin.data.patches import PatchOptions, protocol
+
 #: LR size (height, width) of 1280x720 at scale 4, the size the papers count at.
 DEFAULT_SIZE = (180, 320)
 
@@ -40,18 +42,18 @@ class SiteCost:
         kind: Class of the float module; ``expression`` for plain expressions.
         macs: Multiply-accumulates for one image.
         weight_bits: Bits of the weight; of the right operand in a matrix product.
-        act_bits: Bits of the input; a mean over images where a policy chooses.
+        act_bits: Bits of the input; a mean over images where a policy chooses, ``None`` if it has not yet.
         parameters: Numbers in weight and bias.
         storage_bits: Weight (packed), bias, and what its own quantizers store.
-        quantized: Whether weight or input has fewer than 32 bits.
+        quantized: Whether weight or input has fewer than 32 bits, or bits that a policy chooses.
         in_fab: Whether the place that quantizes its input counts in FAB.
     """
 
     name: str
     kind: str
     macs: int
-    weight_bits: float
-    act_bits: float
+    weight_bits: float | None
+    act_bits: float | None
     parameters: int
     storage_bits: int
     quantized: bool
@@ -61,6 +63,8 @@ class SiteCost:
 @dataclass(frozen=True)
 class ComplexityReport:
     """Costs of one network for one image of one size.
+
+    What depends on bits that a policy chooses is ``None`` as long as there is no record of them.
 
     Attributes:
         network: Class of the float network.
@@ -78,6 +82,8 @@ class ComplexityReport:
         sites: One row per layer that ran, in module order.
         overhead: Float operations that quantizers spend at run time on ranges they take from the image; not part of
             ``bitops``. The ``cadyq`` convention counts a float operation as one, so there the two may be added.
+        policy_ops: Float operations that bit policies spend on choosing, counted like ``overhead``.
+        patches: How the image is cut; ``None`` if it runs whole.
         blocks: How many of the blocks that can be left out ran, and how many are stored; ``None`` without such.
     """
 
@@ -85,10 +91,10 @@ class ComplexityReport:
     method: str
     input_size: tuple[int, int]
     convention: str
-    fab: float
-    weighted_fab: float
-    bitops: float
-    bitops_quantized: float
+    fab: float | None
+    weighted_fab: float | None
+    bitops: float | None
+    bitops_quantized: float | None
     macs: int
     parameters: int
     storage_bits: int
@@ -96,7 +102,10 @@ class ComplexityReport:
     sites: tuple[SiteCost, ...]
     overhead: int = 0
     blocks: tuple[int, int] | None = None
+    policy_ops: int = 0
+    patches: PatchOptions | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON; the convention is spelt out as ``convention_text``."""
-        return {**asdict(self), "convention_text": CONVENTIONS[self.convention].text}
+        """Plain data for JSON; the convention is spelt out as ``convention_text``, the patches as ``protocol``."""
+        texts = {"convention_text": CONVENTIONS[self.convention].text, "protocol": protocol(self.patches)}
+        return {**asdict(self), **texts, "patches": self.patches and self.patches.to_dict()}

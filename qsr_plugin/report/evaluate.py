@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
 from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
 from basicsr.utils import tensor2img
-from torch import nn
+from torch import Tensor, nn
 
 from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
-from qsr_plugin.quant.record import RecordingRoot
-from qsr_plugin.quant.schema import FLOAT_BITS
-from qsr_plugin.report.fab import feature_average_bits
+from qsr_plugin.data.patches import PatchOptions, protocol
+from qsr_plugin.quant.record import evaluating
+from qsr_plugin.report.fab import BitStatistics, BitTally
+from qsr_plugin.report.patch_bits import run_and_observe
 
 _SSIM_WINDOW = 11
 
@@ -51,6 +52,8 @@ class EvaluationResult:
         ssim: Mean SSIM on Y.
         fab: Mean feature average bit width.
         images: Scores by image, in the order of the file names.
+        bits: How the activation bits are distributed.
+        patches: How images were cut; ``None`` for whole images.
     """
 
     scale: int
@@ -58,10 +61,18 @@ class EvaluationResult:
     ssim: float
     fab: float
     images: tuple[ImageScore, ...]
+    bits: BitStatistics | None = None
+    patches: PatchOptions | None = None
+
+    @property
+    def place_bits(self) -> dict[str, float]:
+        """Mean bits at every activation place over the set, as :func:`qsr_plugin.complexity` takes them."""
+        return {} if self.bits is None else {**self.bits.places, **self.bits.others}
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON; the patches are also spelt out as ``protocol``."""
+        patches = self.patches and self.patches.to_dict()
+        return {**asdict(self), "patches": patches, "protocol": protocol(self.patches)}
 
 
 def evaluate(
@@ -70,40 +81,47 @@ def evaluate(
     lr_folder: str | Path,
     scale: int,
     *,
+    patches: PatchOptions | Mapping[str, Any] | None = None,
     progress: Callable[[Sequence[Pair]], Iterable[Pair]] = iter,
 ) -> EvaluationResult:
     """Run a network on a folder of LR images and compare with the HR images.
 
     Outputs are clipped and rounded to 8 bits; ``scale`` pixels on each side are left out; Y is BT.601 (16 to 235).
-    Each image runs whole and alone, on the network's device, in evaluation mode.
+    Each image runs alone, whole or in patches, on the network's device, in evaluation mode.
 
     Args:
         net: Takes and returns (1, 3, H, W), RGB in [0, 1]; float, or quantized and calibrated.
         hr_folder: Folder of high-resolution images.
         lr_folder: Folder of low-resolution images of the same names; ``name`` may also be ``namex4`` at scale 4.
         scale: Factor between them.
+        patches: How to cut images (:class:`qsr_plugin.data.patches.PatchOptions` or the same as plain data); whole if
+            not given.
         progress: Wraps the list of pairs, e.g. ``rich.progress.track``.
 
     Raises:
-        ValueError: For a bad folder or image, a missing partner, sizes that do not fit, or output that is not finite.
+        ValueError: For a bad folder or image, a missing partner, sizes that do not fit, output that is not finite, or
+            impossible patches.
+        torch.OutOfMemoryError: If memory is too small; other patches than asked for are not tried.
     """
-    scores = []
-    with _evaluation_mode(net):
+    patches = PatchOptions.read(patches, "patches")
+    cut = {} if patches is None else patches.model_dump()
+    scores, tally = [], BitTally()
+    with evaluating(net):
         for hr_path, lr_path in progress(find_pairs(hr_folder, lr_folder, scale)):
             hr, lr = to_uint8(read_rgb(hr_path)), read_rgb(lr_path)
             _check_sizes(hr_path, hr, lr_path, lr, scale)
-            sr = super_resolve(net, lr, str(lr_path))
+            out, parts = run_and_observe(net, _as_batch(net, lr), scale, **cut)
+            sr = _to_image(out, str(lr_path))
             if sr.shape != hr.shape:
                 raise ValueError(
                     f"{lr_path}: the network made {_size(sr)} of {_size(lr)}, scale {scale} asks for {_size(hr)}. Give "
                     "the scale the network was built for, and the folder that belongs to it."
                 )
             psnr, ssim = psnr_ssim(sr, hr, scale)
-            recorded = isinstance(net, RecordingRoot)
-            fab = feature_average_bits(net, net.last_record()) if recorded else float(FLOAT_BITS)
+            fab = tally.add([part.bits for part in parts], [part.others for part in parts])
             scores.append(ImageScore(hr_path.name, psnr, ssim, fab))
     means = {key: fmean(getattr(score, key) for score in scores) for key in ("psnr", "ssim", "fab")}
-    return EvaluationResult(scale, images=tuple(scores), **means)
+    return EvaluationResult(scale, images=tuple(scores), bits=tally.statistics(), patches=patches, **means)
 
 
 def super_resolve(net: nn.Module, lr: np.ndarray, name: str = "the image") -> np.ndarray:
@@ -120,9 +138,17 @@ def super_resolve(net: nn.Module, lr: np.ndarray, name: str = "the image") -> np
     Raises:
         ValueError: If the output holds NaN or infinity.
     """
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        out = net(to_tensor(lr).unsqueeze(0).to(device))
+        return _to_image(net(_as_batch(net, lr)), name)
+
+
+def _as_batch(net: nn.Module, lr: np.ndarray) -> Tensor:
+    """(1, 3, H, W) on the network's device."""
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    return to_tensor(lr).unsqueeze(0).to(device)
+
+
+def _to_image(out: Tensor, name: str) -> np.ndarray:
     if not bool(torch.isfinite(out).all()):
         raise ValueError(
             f"{name}: the network's output holds NaN or infinity. Its weights or ranges are broken: check the "
@@ -181,15 +207,3 @@ def _check_sizes(hr_path: Path, hr: np.ndarray, lr_path: Path, lr: np.ndarray, s
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
-
-
-@contextmanager
-def _evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, every module's own mode again after it."""
-    training = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from qsr_plugin.checkpoint import write_atomically
 from qsr_plugin.errors import suggest
+from qsr_plugin.report.labels import write_labels
 from qsr_plugin.report.tables import quantity
 
 _SUFFIXES = (".png", ".svg")
@@ -25,7 +28,6 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _TEXT, _GREY = 9.0, "0.45"
 _HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps text readable over lines
-_LABEL_GAP = 14.0  # points between the rightmost dot of a group and its labels
 
 Row = Mapping[str, Any]
 
@@ -58,18 +60,23 @@ AXES = {
 }
 
 
-def tradeoff_plot(rows: Sequence[Row], x: str, y: str, path: str | Path, *, title: str = "") -> None:
+def tradeoff_plot(
+    rows: Sequence[Row], x: str, y: str, path: str | Path, *, title: str = "", front: bool = False
+) -> None:
     """Draw one labelled dot per network.
 
-    Dots of one method share colour and shape. Labels stand in a column to the right of each group of dots, in the
-    order of the dots, with a line to each.
+    Dots of one method share colour and shape; those of one series are joined by a line in the order of ``x``. Where
+    some networks choose bits by content, the dots of all others are open. A float network without the figure ``x``
+    becomes a horizontal line to compare with.
 
     Args:
-        rows: ``label``, ``method``, and the figures ``x`` and ``y`` (not finite or missing: the row is left out).
+        rows: ``label``, ``method``, and the figures ``x`` and ``y`` (not finite or missing: the row is left out);
+            optionally ``series`` (networks of one name are joined) and ``adaptive`` (it chooses bits by content).
         x: Key of :data:`AXES`.
         y: Key of :data:`AXES`.
         path: ``.png`` or ``.svg``.
         title: Above the plot.
+        front: Also draw the Pareto front: the most of ``y`` that is to be had for each ``x``.
 
     Raises:
         ValueError: For an unknown key, another ending, or no row to draw.
@@ -79,17 +86,52 @@ def tradeoff_plot(rows: Sequence[Row], x: str, y: str, path: str | Path, *, titl
     drawn = [row for row in rows if all(_number(row.get(key)) for key in (x, y))]
     _check(path, drawn, f"{x} and {y}")
     figure, axes = _figure(title, _HEIGHT)
-    style = _styles(drawn)
-    for method, (colour, marker) in style.items():
-        points = sorted((row[x] / AXES[x].unit, row[y] / AXES[y].unit) for row in drawn if row["method"] == method)
-        options = {"color": colour, "marker": marker, "markersize": 7.5, "markeredgecolor": "white"}
-        axes.plot(*zip(*points), linestyle="none", zorder=3, **options)
-    _scale(axes, x, y, [row[x] / AXES[x].unit for row in drawn])
-    axes.grid(color="0.9", linewidth=0.8)
     points = [(row[x] / AXES[x].unit, row[y] / AXES[y].unit) for row in drawn]
+    style = _styles(drawn)
+    open_others = any(row.get("adaptive") for row in drawn)
+    segments = []
+    for series in dict.fromkeys(row["series"] for row in drawn if row.get("series")):
+        ends = sorted((point, row["method"]) for point, row in zip(points, drawn) if row.get("series") == series)
+        line = [point for point, _ in ends]
+        axes.plot(*zip(*line), color=style[ends[0][1]][0], linewidth=1.3, alpha=0.55, zorder=2)
+        segments += zip(line, line[1:])
+    for point, row in zip(points, drawn):
+        colour, marker = style[row["method"]]
+        open_dot = open_others and not row.get("adaptive") and row["method"] != "float"
+        edge = {"markerfacecolor": "white", "markeredgewidth": 1.6} if open_dot else {"markeredgecolor": "white"}
+        size = 9.0 if open_others and not open_dot else 7.5  # a white edge makes a dot look smaller
+        axes.plot(*point, linestyle="none", zorder=3, color=colour, marker=marker, markersize=size, **edge)
+    _scale(axes, x, y, [value for value, _ in points])
+    if front:
+        best = pareto_front(points)
+        axes.plot(*zip(*best), drawstyle="steps-post", color=_GREY, linewidth=1, linestyle=":", zorder=1)
+        for a, b in zip(best, best[1:]):
+            segments += [(a, (b[0], a[1])), ((b[0], a[1]), b)]
+    for row in rows:
+        if row["method"] == "float" and _number(row.get(y)) and not _number(row.get(x)):
+            level = row[y] / AXES[y].unit
+            axes.axhline(level, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+            segments.append(tuple((limit, level) for limit in axes.get_xlim()))
+            axes.annotate(
+                f"{row['label']}\n{row[y]:.2f}", (1, level), (4, 0), xycoords=("axes fraction", "data"), va="center",
+                textcoords="offset points", fontsize=_TEXT - 0.5, color=_GREY,
+            )  # fmt: skip
+    if open_others:
+        _explain_dots(axes)
+    axes.grid(color="0.9", linewidth=0.8)
     figure.tight_layout()
-    _write_labels(axes, points, [row["label"] for row in drawn], [style[row["method"]][0] for row in drawn])
-    _save(figure, path)
+    colours = [style[row["method"]][0] for row in drawn]
+    write_labels(axes, points, [row["label"] for row in drawn], colours, _TEXT, lines=segments)
+    save_figure(figure, path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that none other beats (less or equal first figure, more second), by the first figure."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def gain_plot(rows: Sequence[Row], y: str, path: str | Path, *, title: str = "") -> None:
@@ -140,7 +182,7 @@ def gain_plot(rows: Sequence[Row], y: str, path: str | Path, *, title: str = "")
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_xlabel(f"{AXES[y].title}: before (open) and after the training (filled)", fontsize=_TEXT)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -157,8 +199,7 @@ def _check_axes(*keys: str) -> None:
 
 
 def _check(path: str | Path, drawn: Sequence[Row], needed: str) -> None:
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{path}: plots are written as {' or '.join(_SUFFIXES)}; change the ending")
+    check_ending(path)
     if not drawn:
         raise ValueError(f"no row has finite {needed}: there is nothing to draw")
 
@@ -204,70 +245,40 @@ def _scale(axes: Axes, x: str, y: str, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}" if AXES[x].plain else quantity(v)))
 
 
-def _write_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str]
-) -> None:
-    """One column of labels to the right of each group of dots that stand closer than their labels are wide."""
-    figure = axes.figure
-    renderer = figure.canvas.get_renderer()
-    per_point = figure.dpi / 72
-    texts = [axes.text(0, 0, label, fontsize=_TEXT) for label in labels]
-    boxes = [text.get_window_extent(renderer) for text in texts]
-    for text in texts:
-        text.remove()
-    height, gap = max(box.height for box in boxes) * 1.12, _LABEL_GAP * per_point
-    pixels = axes.transData.transform(points)
-    frame = axes.get_window_extent(renderer)
-    groups: list[list[int]] = []
-    for index in sorted(range(len(points)), key=lambda i: pixels[i][0]):
-        widest = max((boxes[i].width for i in groups[-1]), default=0.0) if groups else 0.0
-        if groups and pixels[index][0] - min(pixels[i][0] for i in groups[-1]) < widest + 2 * gap:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    inverse = axes.transData.inverted()
-    leader = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 3}
-    for group in groups:
-        group.sort(key=lambda i: pixels[i][1])
-        column = max(pixels[i][0] for i in group) + gap
-        heights = spread([float(pixels[i][1]) for i in group], height, float(frame.y0), float(frame.y1))
-        for index, level in zip(group, heights):
-            place = inverse.transform((column, level))
-            axes.annotate(
-                labels[index], points[index], place, fontsize=_TEXT, va="center", ha="left",
-                annotation_clip=False, zorder=4, path_effects=_HALO,
-                arrowprops={**leader, "color": colours[index]},
-            )  # fmt: skip
+def _explain_dots(axes: Axes) -> None:
+    """What filled and open dots mean, below the plot's title."""
+    dot = {"linestyle": "none", "marker": "o", "markersize": 6.5, "markeredgecolor": _GREY}
+    handles = [
+        Line2D([], [], markerfacecolor=face, label=label, **dot)
+        for face, label in ((_GREY, "bits chosen by content"), ("white", "fixed bits"))
+    ]
+    options = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2, "frameon": False}
+    axes.legend(handles=handles, fontsize=_TEXT - 0.5, handletextpad=0.2, columnspacing=1.0, borderpad=0.2, **options)
 
 
-def spread(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
-    """Move ascending places apart until they are ``least`` from each other, as little as possible.
+def check_ending(path: str | Path) -> None:
+    """Refuse a path that :func:`save_figure` could not write, before work is done for it.
+
+    Raises:
+        ValueError: For another ending than ``.png`` and ``.svg``.
+    """
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{path}: plots are written as {' or '.join(_SUFFIXES)}; change the ending")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as its ending says, whole or not at all; the same figure gives the same file.
 
     Args:
-        wanted: Ascending.
-        least: Smallest distance.
-        low: Nothing goes below, as far as there is room.
-        high: Nothing goes above, as far as there is room.
+        figure: With a canvas.
+        path: ``.png`` or ``.svg``.
 
-    Returns:
-        Ascending places.
+    Raises:
+        ValueError: For another ending.
+        OSError: If the file cannot be written.
     """
-    blocks: list[list[float]] = []  # of places that touch each other: centre of the first if all could choose, count
-    for place in wanted:
-        blocks.append([place, 1.0])
-        while len(blocks) > 1 and blocks[-1][0] < blocks[-2][0] + blocks[-2][1] * least:
-            start, count = blocks.pop()
-            previous, before = blocks[-1]
-            # The least squared movement: the mean of what each place would choose for the first of the block.
-            blocks[-1] = [(previous * before + (start - before * least) * count) / (before + count), before + count]
-    places = [start + number * least for start, count in blocks for number in range(int(count))]
-    for number in range(len(places)):
-        places[number] = max(places[number], low + (number + 0.5) * least)
-    for number in reversed(range(len(places))):
-        places[number] = min(places[number], high - (len(places) - number - 0.5) * least)
-    return places
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    suffix = Path(path).suffix.lower()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix[1:], dpi=_DPI))
+    check_ending(path)
+    kind = Path(path).suffix.lower()[1:]
+    metadata = {"Date": None} if kind == "svg" else None
+    with rc_context({"svg.hashsalt": "qsr"}):
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=_DPI, metadata=metadata))

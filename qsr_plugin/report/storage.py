@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from qsr_plugin.quant.depth_surgery import ScaledShortcut
-from qsr_plugin.quant.policy import BitPolicy
+from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.sites import Site
@@ -28,7 +28,7 @@ def storage_bits(module: nn.Module, *, as_float: bool = False) -> int:
 
 
 def _bits(module: nn.Module, as_float: bool, seen: set[int]) -> int:
-    if as_float and isinstance(module, (Quantizer, BitPolicy)):
+    if as_float and isinstance(module, (Quantizer, PolicyPart)):
         return 0
     if isinstance(module, Quantizer):
         return module.extra_storage_bits()

@@ -10,14 +10,19 @@ from pathlib import Path
 from rich.table import Table
 
 from qsr_plugin.checkpoint import write_atomically
+from qsr_plugin.data.patches import protocol
 from qsr_plugin.report.complexity_types import CONVENTIONS, ComplexityReport
 from qsr_plugin.report.evaluate import EvaluationResult
+
+#: What stands for bits that a policy chooses, as long as no image has run.
+NO_RECORD = "no record"
 
 
 def site_table(report: ComplexityReport) -> Table:
     """One row per layer that runs, then what is stored beside them (norms, ranges, blocks left out), and the totals.
 
-    ``W bits`` and ``A bits`` are those of weight and input; ``FAB`` says whether the place of the input counts there.
+    ``W bits`` and ``A bits`` are those of weight and input (means where a policy chooses); ``FAB`` says whether the
+    place of the input counts there.
     """
     table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_footer=True)
     right = {"justify": "right", "no_wrap": True}
@@ -29,7 +34,7 @@ def site_table(report: ComplexityReport) -> Table:
     table.add_column("Size", size(report.storage_bits), **right)
     table.add_column("FAB", justify="center")
     for row in report.sites:
-        bits = f"{row.weight_bits:.4g}", f"{row.act_bits:.4g}"
+        bits = _known(row.weight_bits, "{:.4g}"), _known(row.act_bits, "{:.4g}")
         numbers = quantity(row.macs), *bits, f"{row.parameters:,}", size(row.storage_bits)
         table.add_row(row.name, *numbers, "yes" if row.in_fab else "", style=None if row.quantized else "dim")
     parameters = report.parameters - sum(row.parameters for row in report.sites)
@@ -56,16 +61,22 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         "Parameters": f"{report.parameters:,}",
         "MACs": quantity(report.macs),
         "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
-        "FAB": f"{report.fab:.2f} bits",
-        "FAB weighted by MACs": f"{report.weighted_fab:.2f} bits",
-        "BitOPs": quantity(report.bitops),
-        "BitOPs of quantized layers": quantity(report.bitops_quantized),
+        "FAB": _known(report.fab, "{:.2f} bits"),
+        "FAB weighted by MACs": _known(report.weighted_fab, "{:.2f} bits"),
+        "BitOPs": _operations(report.bitops),
+        "BitOPs of quantized layers": _operations(report.bitops_quantized),
         **({"Ranges found at run time": f"{quantity(report.overhead)} float operations"} if report.overhead else {}),
+        **({"Choosing bits": f"{quantity(report.policy_ops)} float operations"} if report.policy_ops else {}),
         "Size" if running == stored else f"Size of all {stored} blocks": size(report.storage_bits),
         "Size in float": f"{size(report.float_storage_bits)} ({report.float_storage_bits / report.storage_bits:.2f} x)",
     }
     for name, result in (scores or {}).items():
         rows[f"{name} x{result.scale}"] = f"{result.psnr:.2f} dB / {result.ssim:.4f}"
+        if result.bits is not None and result.bits.varies:
+            rows[f"{name} FAB (min, max)"] = _fab(result)
+            rows[f"{name} bits"] = result.bits.shares_text()
+        if result.patches is not None:
+            rows[f"{name} run as"] = protocol(result.patches)
     for key, value in rows.items():
         table.add_row(key, value)
     return table
@@ -82,32 +93,40 @@ def depth_table(reports: Iterable[ComplexityReport]) -> Table:
     for heading in ("Blocks", "MACs", "BitOPs", "FAB", "Size if slimmed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        costs = quantity(report.macs), quantity(report.bitops), f"{report.fab:.2f}", size(report.storage_bits)
-        table.add_row(str(report.blocks[0]), *costs)
+        costs = quantity(report.macs), _operations(report.bitops), _known(report.fab, "{:.2f}")
+        table.add_row(str(report.blocks[0]), *costs, size(report.storage_bits))
     return table
 
 
 def results_table(results: Mapping[str, tuple[ComplexityReport, EvaluationResult]], title: str = "") -> Table:
-    """One row per network, to compare them.
+    """One row per network, to compare them. Where FAB differs from image to image, its range stands beside the mean.
 
     Args:
         results: Label to costs and scores.
         title: Above the table, e.g. the name of the data set.
 
     Raises:
-        ValueError: If there is none, or they were counted in different ways or at different sizes or scales.
+        ValueError: If there is none, or they were counted in different ways or at different sizes, scales or patches.
     """
-    ways = {(report.convention, report.input_size, result.scale) for report, result in results.values()}
+    ways = {
+        (report.convention, report.input_size, result.scale, protocol(report.patches), protocol(result.patches))
+        for report, result in results.values()
+    }
     if len(ways) != 1:
-        found = "; ".join(f"{c} at {h}x{w}, x{s}" for c, (h, w), s in sorted(ways)) or "no result"
-        raise ValueError(f"results to compare need one BitOPs convention, input size and scale, found: {found}")
-    table = Table(title=title or None, caption=_counted_at(next(iter(results.values()))[0]))
+        found = "; ".join(f"{c} at {h}x{w}, x{s}, {p}, scored on {q}" for c, (h, w), s, p, q in sorted(ways))
+        raise ValueError(
+            "results to compare need one BitOPs convention, input size, scale and way of cutting images, found: "
+            f"{found or 'no result'}"
+        )
+    first, score = next(iter(results.values()))
+    way = f" Scores and FAB on {protocol(score.patches)}."
+    table = Table(title=title or None, caption=_counted_at(first) + way)
     table.add_column("Network")
     for heading in ("PSNR", "SSIM", "FAB", "BitOPs", "Size"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, (report, result) in results.items():
-        scores = f"{result.psnr:.2f}", f"{result.ssim:.4f}", f"{result.fab:.2f}"
-        table.add_row(label, *scores, quantity(report.bitops), size(report.storage_bits))
+        scores = f"{result.psnr:.2f}", f"{result.ssim:.4f}", _fab(result)
+        table.add_row(label, *scores, _operations(report.bitops), size(report.storage_bits))
     return table
 
 
@@ -142,7 +161,23 @@ def _counted_at(report: ComplexityReport) -> str:
     height, width = report.input_size
     text = CONVENTIONS[report.convention].text
     counted = f"BitOPs '{report.convention}': {text}"
-    return f"Per image of {height}x{width} (LR height x width). {counted}. 1 MB is 10^6 bytes."
+    cut = "" if report.patches is None else f", in {protocol(report.patches)}"
+    return f"Per image of {height}x{width} (LR height x width){cut}. {counted}. 1 MB is 10^6 bytes."
+
+
+def _known(number: float | None, form: str) -> str:
+    return NO_RECORD if number is None else form.format(number)
+
+
+def _operations(number: float | None) -> str:
+    return NO_RECORD if number is None else quantity(number)
+
+
+def _fab(result: EvaluationResult) -> str:
+    """Mean over the images, and the range if they differ."""
+    bits = result.bits
+    spread = bits is not None and bits.highest - bits.lowest >= 0.005
+    return f"{result.fab:.2f}" + (f" [{bits.lowest:.2f}, {bits.highest:.2f}]" if spread else "")
 
 
 def _strict(data: object) -> object:

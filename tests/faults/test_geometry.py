@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsr_plugin import calibrate, compat, list_backbones, list_methods, quantize_model
+from tests.recipes import shipped
 
 compat.import_host()
 
@@ -17,7 +18,7 @@ from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
 def test_output_is_scale_times_any_input(tiny_net, backbone: str, method: str) -> None:
     net = tiny_net(backbone)
     scale = net.backbone_options["upscale"]
-    calibrate(quantize_model(net, method), [torch.rand(2, 3, 16, 16)])
+    calibrate(quantize_model(net, shipped(method, net)), [torch.rand(2, 3, 16, 16)])
     with torch.no_grad():
         for height, width in [(17, 23), (1, 1), (1, 100), (8, 3)]:
             out = net(torch.rand(1, 3, height, width))
@@ -27,7 +28,8 @@ def test_output_is_scale_times_any_input(tiny_net, backbone: str, method: str) -
 
 @pytest.mark.parametrize("method", list_methods())
 def test_flat_images_stay_finite(tiny_net, method: str) -> None:
-    net = calibrate(quantize_model(tiny_net("EDSR"), method), [torch.rand(2, 3, 16, 16)])
+    plain = tiny_net("EDSR")
+    net = calibrate(quantize_model(plain, shipped(method, plain)), [torch.rand(2, 3, 16, 16)])
     with torch.no_grad():
         for value in (0.0, 0.5, 1.0):
             assert bool(torch.isfinite(net(torch.full((1, 3, 12, 12), value))).all())

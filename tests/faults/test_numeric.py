@@ -19,6 +19,7 @@ from qsr_plugin.quant.quantizer import QUANTIZERS, Quantizer
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 from tests.quant.builders import LEARNING, PAIRS, UNIFORM, bounds, build, data, over
+from tests.recipes import equal
 
 
 def finite(*tensors: Tensor) -> bool:
@@ -72,7 +73,7 @@ def test_a_network_with_dead_features_stays_finite(tiny_net, images, method, bac
     with torch.no_grad():  # the first block's first activation is zero everywhere
         net.body[0].conv1.weight.zero_()
         net.body[0].conv1.bias.zero_()
-    quantize_model(net, load_recipe(method, weight_bits=4, act_bits=4))
+    quantize_model(net, equal(method, 4))
     with caplog.at_level(logging.WARNING, "qsr_plugin"):
         calibrate(net, images)
     quantizer = net.body[0].conv2.quantizer("input")
@@ -86,7 +87,7 @@ def test_a_network_with_dead_features_stays_finite(tiny_net, images, method, bac
 @pytest.mark.parametrize("method", list_methods())
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
 def test_flat_images_of_any_size_are_super_resolved(tiny_net, images, method: str, value: float) -> None:
-    net = calibrate(quantize_model(tiny_net(), load_recipe(method, weight_bits=4, act_bits=4)), images)
+    net = calibrate(quantize_model(tiny_net(), equal(method, 4)), images)
     for size in ((1, 1), (1, 9), (5, 3)):
         with torch.no_grad():
             out = net(torch.full((1, 3, *size), value))
@@ -129,7 +130,7 @@ def learns_ranges(method: str) -> bool:
 
 @pytest.mark.parametrize("method", [method for method in list_methods() if learns_ranges(method)])
 def test_training_with_an_absurd_learning_rate_keeps_all_ranges_legal(tiny_net, images, method: str) -> None:
-    net = calibrate(quantize_model(tiny_net(), load_recipe(method, weight_bits=2, act_bits=2)), images)
+    net = calibrate(quantize_model(tiny_net(), equal(method, 2)), images)
     ranges = [p for _, q in quantizers(net) for p in q.range_parameters()]
     optimiser = torch.optim.Adam(ranges, lr=100.0)
     for batch in images:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,15 @@ SOURCES = (
     "archs", "assets", "options", "qsr_plugin", "tests", "tools", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
     "Makefile", "README.md", "constraints.txt", "pyproject.toml", "requirements.txt", "setup.py",
 )  # fmt: skip
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """As ever, and it hears the host's logger, which does not pass its messages on once it is set up."""
+    host = logging.getLogger("basicsr")
+    host.addHandler(caplog.handler)
+    yield caplog
+    host.removeHandler(caplog.handler)
 
 
 class Built(NamedTuple):

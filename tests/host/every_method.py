@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from qsr_plugin import compat
-from qsr_plugin.quant.recipe import list_methods, load_recipe
+from tests import recipes
 from tests.host import harness
 
 compat.import_host()
@@ -24,11 +24,26 @@ BACKBONES = {
 }
 #: Iterations of every stage but the last.
 STAGE = 2
+#: Every recipe with 3 bits, and adaptive ones with their own widths as well.
+RUNS = [
+    (method, own) for method in recipes.METHODS for own in ((False, True) if recipes.is_adaptive(method) else (False,))
+]
 
 
-def short_recipe(method: str) -> dict[str, Any]:
-    """A shipped recipe with stages of a few iterations and a small calibration."""
-    recipe = load_recipe(method, weight_bits=3, act_bits=3).to_dict()
+def name_of(method: str, own: bool, backbone: str) -> str:
+    """How a run is called in the output."""
+    return f"{method}{' adaptive' * own} {backbone}"
+
+
+def short_recipe(method: str, backbone: dict[str, Any], own: bool) -> dict[str, Any]:
+    """A shipped recipe with stages of a few iterations and a small calibration.
+
+    Args:
+        method: Name of the recipe.
+        backbone: Options of the network it is for.
+        own: With the bit widths of the recipe instead of 3 (or as few as its policy can do).
+    """
+    recipe = (recipes.shipped(method, build_backbone(backbone)) if own else recipes.equal(method, 3)).to_dict()
     recipe["calibration"] = {"images": 4, "batch": 2}
     for stage in recipe["stages"]:
         if "iters" in stage:
@@ -36,19 +51,16 @@ def short_recipe(method: str) -> dict[str, Any]:
     return recipe
 
 
-def options(data: Path, root: Path, method: str, backbone: str, **changes: Any) -> dict[str, Any]:
+def options(data: Path, root: Path, method: str, backbone: str, *, own: bool = False, **changes: Any) -> dict[str, Any]:
     """Options as the host's parser leaves them, with float weights that are the same in every call."""
     opt = harness.options(data, train={"ema_decay": 0.9})
-    kind = BACKBONES[backbone]
+    kind = {"num_in_ch": 3, "num_out_ch": 3, **BACKBONES[backbone]}
     with torch.random.fork_rng():
         torch.manual_seed(4)
         weights = root / f"{backbone}{changes.get('rank', 0)}.pth"
-        torch.save({"params": build_backbone({"num_in_ch": 3, "num_out_ch": 3, **kind}).state_dict()}, weights)
-    opt["network_g"] = {
-        "type": "QuantNet",
-        "backbone": {"num_in_ch": 3, "num_out_ch": 3, **kind},
-        "recipe": short_recipe(method),
-    }
+        torch.save({"params": build_backbone(kind).state_dict()}, weights)
+        recipe = short_recipe(method, kind, own)
+    opt["network_g"] = {"type": "QuantNet", "backbone": kind, "recipe": recipe}
     opt.update(is_train=True, dist=False, rank=0, world_size=1, auto_resume=False, root_path=str(root))
     for phase, dataset in opt["datasets"].items():
         dataset.update(phase=phase, scale=4)
@@ -76,12 +88,12 @@ def iterate(model: Any, iterations: range, rank: int = 0) -> None:
         model.optimize_parameters(iteration)
 
 
-def stay_the_same(data: Path, method: str, backbone: str) -> None:
+def stay_the_same(data: Path, method: str, own: bool, backbone: str) -> None:
     """Train on this process and fail if it does not end up with the same network as the first one."""
     rank, world = dist.get_rank(), dist.get_world_size()
     changes = {"dist": True, "rank": rank, "world_size": world}
-    model = build_model(options(data, Path.cwd(), method, backbone, **changes))
-    run = f"{method} {backbone}"
+    model = build_model(options(data, Path.cwd(), method, backbone, own=own, **changes))
+    run = name_of(method, own, backbone)
     for iteration in range(1, 3 * STAGE + 2):
         iterate(model, range(iteration, iteration + 1), rank)
         trained = [p for p in model.net.parameters() if p.requires_grad]
@@ -102,8 +114,8 @@ def main() -> None:
     """Every recipe on every backbone."""
     dist.init_process_group("gloo")
     for backbone in BACKBONES:
-        for method in list_methods():
-            stay_the_same(Path(sys.argv[1]), method, backbone)
+        for method, own in RUNS:
+            stay_the_same(Path(sys.argv[1]), method, own, backbone)
     dist.barrier()
 
 

@@ -18,9 +18,10 @@ from torch import nn
 from qsr_plugin import checkpoint
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights, load_quantized, save_quantized, save_torch
 from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.recipe import list_methods, load_recipe
+from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.record import float_mode
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers
+from tests.recipes import ADAPTIVE, METHODS, equal, shipped
 
 backbones = pytest.mark.parametrize("backbone", list_backbones())
 
@@ -34,10 +35,15 @@ def same_output(a: nn.Module, b: nn.Module, x: torch.Tensor) -> bool:
 
 
 @backbones
-@pytest.mark.parametrize("method", list_methods())
-def test_saved_and_loaded_networks_agree_bit_for_bit(tiny_net, images, tmp_path, method: str, backbone: str) -> None:
-    recipe = load_recipe(method, weight_bits=4, act_bits=4)
-    net = calibrate(quantize_model(tiny_net(backbone), recipe), images)
+@pytest.mark.parametrize(
+    ("method", "own"), [*((name, False) for name in METHODS), *((name, True) for name in ADAPTIVE)]
+)
+def test_saved_and_loaded_networks_agree_bit_for_bit(
+    tiny_net, images, tmp_path, method: str, own: bool, backbone: str
+) -> None:
+    plain = tiny_net(backbone)
+    recipe = shipped(method, plain) if own else equal(method, 4)
+    net = calibrate(quantize_model(plain, recipe), images)
     path = tmp_path / "net.safetensors"
     save_quantized(net, path)
     twin = load_quantized(path)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qsr_plugin.quant.recipe import list_methods, load_recipe
+from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.surgery import plugin_keys
 from tests.host import every_method, harness
 from tests.host.test_ddp import free_port
+from tests.recipes import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -19,26 +20,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backbone", every_method.BACKBONES)
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize(("method", "own"), every_method.RUNS)
 def test_resumed_in_the_middle_of_a_stage_equals_uninterrupted(
-    data: Path, tmp_path: Path, method: str, backbone: str
+    data: Path, tmp_path: Path, method: str, own: bool, backbone: str
 ) -> None:
     from basicsr.models import build_model
 
     last = 3 * every_method.STAGE + 1
-    whole = build_model(every_method.options(data, tmp_path, method, backbone))
+    whole = build_model(every_method.options(data, tmp_path, method, backbone, own=own))
     start = {key: value.clone() for key, value in whole.net.state_dict().items()}
     every_method.iterate(whole, range(1, last + 1))
     assert harness.differences(start, whole.net.state_dict()), "nothing was learned"
 
     stop = every_method.STAGE + 1  # one iteration into the second stage
-    first = build_model(every_method.options(data, tmp_path, method, backbone))
+    first = build_model(every_method.options(data, tmp_path, method, backbone, own=own))
     every_method.iterate(first, range(1, stop + 1))
     first.save(0, stop)
-    opt = every_method.options(data, tmp_path, method, backbone)
-    opt["path"].update(pretrain_network_g=str(tmp_path / f"models/net_g_{stop}.pth"), param_key_g="params")
+    opt = every_method.options(data, tmp_path, method, backbone, own=own)
+    state = tmp_path / f"states/{stop}.state"
+    network = tmp_path / f"models/net_g_{stop}.pth"
+    opt["path"].update(resume_state=str(state), pretrain_network_g=str(network), param_key_g="params")
     second = build_model(opt)
-    second.resume_training(harness.read(tmp_path / f"states/{stop}.state"))
+    second.resume_training(harness.read(state))
     every_method.iterate(second, range(stop + 1, last + 1))
 
     assert harness.differences(whole.net.state_dict(), second.net.state_dict()) == []
@@ -58,10 +61,12 @@ def test_two_processes_stay_the_same_with_every_method(data: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     said = {line.rpartition(": ")[2] for line in done.stdout.splitlines() if line.startswith("same on 2 processes")}
-    assert said == {f"{method} {backbone}" for method in list_methods() for backbone in every_method.BACKBONES}
+    assert said == {
+        every_method.name_of(*run, backbone) for run in every_method.RUNS for backbone in every_method.BACKBONES
+    }
 
 
-QAT = [name for name in list_methods() if any("weights" in stage.train for stage in load_recipe(name).stages)]
+QAT = [name for name in METHODS if any("weights" in stage.train for stage in load_recipe(name).stages)]
 
 
 @pytest.mark.parametrize("method", QAT)

@@ -105,7 +105,6 @@ def test_frozen_batch_norm_keeps_its_statistics_through_validation(data: Path, t
     model = build_model(opt)
     start = model.net.body[0].bn1.running_mean.clone()
     step(model, 1)
-    model._bits = []
     model.test()
     step(model, 2)
     assert torch.equal(model.net.body[0].bn1.running_mean, start) and model.net.training
@@ -262,10 +261,9 @@ def test_validation_in_patches_and_calibration_from_a_folder(data: Path, tmp_pat
     folder = harness.write_photos(tmp_path / "lr", 3, side=24)
     changes = {"calibration_folder": str(folder), "val": {"patches": {"size": 12, "overlap": 4}}}
     model = model_of(data, tmp_path, **changes, recipe={"calibration": {"images": 2}})
-    model._bits = []
     model.feed_data({"lq": torch.rand(1, 3, 20, 30)})
     model.test()
-    assert model.output.shape == (1, 3, 80, 120) and model._bits == [4.0]
+    assert model.output.shape == (1, 3, 80, 120)
 
 
 def test_misspelt_loss_is_named(data: Path, tmp_path: Path) -> None:
@@ -349,6 +347,13 @@ def test_parts_of_a_recipe_without_effect_are_told(data: Path, tmp_path: Path, c
     told = caplog.text
     assert "recipe.losses has none" in told and "stages[0].gated has no effect" in told
     assert "no stage trains the 8 parameters of the group 'ranges'" in told
+
+
+def test_a_stage_that_the_training_never_reaches_is_told(data: Path, tmp_path: Path, caplog) -> None:
+    model_of(data, tmp_path, recipe={"stages": [{"iters": 2}, {"iters": 3}, {}]}, train={"total_iter": 6})
+    assert "total_iter" not in caplog.text
+    model_of(data, tmp_path, recipe={"stages": [{"iters": 2}, {"iters": 3}, {}]}, train={"total_iter": 5})
+    assert "total_iter is 5, but stage 3 of the recipe begins after iteration 5" in caplog.text
 
 
 @pytest.mark.parametrize(

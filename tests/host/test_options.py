@@ -36,6 +36,11 @@ def test_shipped_files_resolve_to_complete_options(path: Path) -> None:
         assert options["network_g"]["recipe"]["stages"]
 
 
+def test_a_data_set_of_a_base_is_left_out_by_null(tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text('_base_: ["qsr:test/benchmarks_x4.yml"]\ndatasets: {test_2: ~, test_3: ~}\n')
+    assert [one["name"] for one in load_options(tmp_path / "mine.yml")["datasets"].values()] == ["Set5"]
+
+
 def test_only_a_base_line_changes_the_backbone() -> None:
     folder = options_folder() / "train/pams"
     a, b = ((folder / f"{name}_x4_w4a4.yml").read_text().splitlines() for name in ("srresnet", "edsr_baseline"))

@@ -14,9 +14,10 @@ from basicsr.metrics import calculate_metric
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import Tensor, nn
 
-from qsr_plugin import list_backbones
+from qsr_plugin import complexity, list_backbones
 from qsr_plugin.checkpoint import load_float_weights
 from qsr_plugin.report.evaluate import evaluate, find_pairs, psnr_ssim, super_resolve
+from tests.quant.choosers import quantized
 
 
 class Enlarge(nn.Module):
@@ -163,3 +164,48 @@ def test_float_srresnet_on_set5() -> None:
     result = evaluate(net, data / "Set5" / "HR", data / "Set5" / "LRbicx4", 4)
     assert result.psnr == pytest.approx(32.01, abs=0.02)
     assert result.ssim == pytest.approx(0.893, abs=0.002)
+
+
+@pytest.fixture
+def adaptive(choosers: None, images: list[Tensor]) -> nn.Module:
+    """A network of scale 1 whose bits follow the brightness."""
+    return quantized("toy_brightness", images)
+
+
+@pytest.fixture
+def uneven(write_images) -> tuple[Path, Path]:
+    """A dark image, and a larger one that is dark on the left and bright on the right."""
+    dark, half = np.full((17, 20, 3), 30, np.uint8), np.full((17, 52, 3), 30, np.uint8)
+    half[:, 26:] = 220
+    folder = write_images("uneven", {"a.png": dark, "b.png": half})
+    return folder, folder
+
+
+def test_bits_of_a_set_by_hand(adaptive: nn.Module, uneven: tuple[Path, Path]) -> None:
+    """Dark is 4 bits, bright 8, half of each 6. Rows of patches of 13 pixels; then of 16, 16 (the left 10 dark), 20."""
+    whole = evaluate(adaptive, *uneven, 1)
+    assert [score.fab for score in whole.images] == [4.0, 6.0] and whole.fab == 5.0
+    assert whole.bits.shares == {"4": 0.5, "6": 0.5} and whole.patches is None
+    assert whole.to_dict()["protocol"] == "whole images"
+    for batch in (1, 16):
+        cut = evaluate(adaptive, *uneven, 1, patches={"size": 13, "last": "enlarge", "batch": batch})
+        assert [score.fab for score in cut.images] == [4.0, 6.0]
+        assert cut.bits.shares == {"4": 0.75, "8": 0.25}
+        assert cut.to_dict()["patches"] == {"size": 13, "overlap": 0, "last": "enlarge"}
+    third = evaluate(adaptive, *uneven, 1, patches={"size": 16, "overlap": 0, "last": "enlarge"})
+    assert third.images[1].fab == pytest.approx((4 + 4 + 8) / 3), "patches weigh alike, also the larger last one"
+    assert (third.bits.lowest, third.bits.highest) == (4.0, third.images[1].fab)
+    assert third.place_bits == dict.fromkeys(adaptive.bit_policy.places, third.fab)
+    report = complexity(adaptive, (17, 52), bits=third.place_bits)
+    assert report.fab == pytest.approx(third.fab), "and not those of the last image"
+
+
+def test_patches_of_a_float_network_change_nothing_but_the_protocol(pairs) -> None:
+    whole, cut = (evaluate(Enlarge(), *pairs, 2, patches=cut) for cut in (None, {"size": 7, "overlap": 2}))
+    assert [score.psnr for score in cut.images] == [math.inf] * 2 == [score.psnr for score in whole.images]
+    assert (cut.fab, cut.bits.shares) == (32, {})
+
+
+def test_patches_are_checked_before_anything_runs(pairs) -> None:
+    with pytest.raises(ValueError, match=r"patches\.siez: unknown key. Did you mean 'size'"):
+        evaluate(Enlarge(), *pairs, 2, patches={"siez": 7})

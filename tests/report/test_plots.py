@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from qsr_plugin.report import plots
-from qsr_plugin.report.plots import gain_plot, spread, tradeoff_plot
+from qsr_plugin.report.labels import spread
+from qsr_plugin.report.plots import gain_plot, pareto_front, tradeoff_plot
 
 METHODS = ("pams", "linq", "dorefa", "lsq", "daq", "ddtb", "fqsr", "quantsr", "odm", "a rather long method name")
 
@@ -33,8 +34,8 @@ def comparison() -> list[dict[str, object]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     figures: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 
@@ -83,6 +84,60 @@ def test_methods_are_told_apart(tmp_path: Path, drawn: list[Figure]) -> None:
     assert len(looks) == len(METHODS) + 1
 
 
+def sweep() -> list[dict[str, object]]:
+    """Two series that choose bits, fixed ones between and above them, and a float network without FAB."""
+    rows: list[dict[str, object]] = [{"label": "float", "method": "float", "psnr": 32.0}]
+    for bits, psnr, method in (
+        (4, 28.9, "minmax"),
+        (4, 30.55, "minmax+FT"),
+        (4, 31.45, "percentile"),
+        (8, 31.95, "pams"),
+    ):
+        rows.append({"label": f"{method} W{bits}A{bits}", "method": method, "psnr": psnr, "fab": bits})
+    for name, above in (("min-max", 0.0), ("percentile", 0.6)):
+        for weight, fab, psnr in ((200, 3.2, 30.0), (0, 4.4, 30.75), (50, 3.7, 30.6), (10, 4.1, 30.7)):
+            point = {"psnr": psnr + above, "fab": fab - 0.1 * above, "series": name, "adaptive": True}
+            rows.append({"label": f"λ={weight}", "method": f"ours {name}", **point})
+    return rows
+
+
+def test_series_are_lines_and_fixed_bits_open_dots(tmp_path: Path, drawn: list[Figure]) -> None:
+    """Joined by ascending FAB; the float network is a line across, the front goes from dot to dot in steps."""
+    tradeoff_plot(sweep(), "fab", "psnr", tmp_path / "plot.png", front=True)
+    (axes,) = drawn[0].axes
+    lines = [line for line in axes.lines if len(line.get_xydata()) > 1]
+    dots = [line for line in axes.lines if len(line.get_xydata()) == 1]
+    series, front, reference = lines[:2], lines[2], lines[3]
+    assert [line.get_xdata().tolist() for line in series] == [
+        pytest.approx([3.2, 3.7, 4.1, 4.4]), pytest.approx([3.14, 3.64, 4.04, 4.34]),
+    ]  # fmt: skip
+    assert reference.get_ydata() == [32.0, 32.0] and "float\n32.00" in [text.get_text() for text in axes.texts]
+    assert front.get_drawstyle() == "steps-post" and front.get_xydata().tolist() == pytest.approx(
+        np.array([[3.14, 30.6], [3.64, 31.2], [4.0, 31.45], [8.0, 31.95]])
+    )
+    assert sum(dot.get_markerfacecolor() == "white" for dot in dots) == 4 and len(dots) == 12
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["bits chosen by content", "fixed bits"]
+
+
+def test_labels_stand_beside_their_dots_where_there_is_room(tmp_path: Path, drawn: list[Figure]) -> None:
+    """They cover neither one another nor a dot, and stay within the frame."""
+    tradeoff_plot(sweep(), "fab", "psnr", tmp_path / "plot.png", front=True)
+    (axes,) = drawn[0].axes
+    assert overlaps(axes) == []
+    dots = axes.transData.transform([line.get_xydata()[0] for line in axes.lines if len(line.get_xydata()) == 1])
+    frame = axes.get_window_extent()
+    for x0, y0, x1, y1 in boxes(axes)[1:]:  # the float network's name is at the right of the frame
+        assert x0 >= frame.x0 - 1 and x1 <= frame.x1 + 1 and y0 >= frame.y0 - 1 and y1 <= frame.y1 + 1
+        assert not [dot for dot in dots if x0 < dot[0] < x1 and y0 < dot[1] < y1]
+
+
+def test_only_fixed_bits_are_filled_dots(tmp_path: Path, drawn: list[Figure]) -> None:
+    """Nothing to tell apart, so no legend."""
+    tradeoff_plot(comparison(), "bitops", "psnr", tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_legend() is None and not [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+
+
 def test_gains_go_from_start_to_end(tmp_path: Path, drawn: list[Figure]) -> None:
     """An open and a filled dot for each network; the float one is a line to compare with."""
     rows = comparison()
@@ -92,6 +147,13 @@ def test_gains_go_from_start_to_end(tmp_path: Path, drawn: list[Figure]) -> None
     assert texts.count("29.50") >= 2 and "float 31.20" in texts
     assert [label.get_text() for label in axes.get_yticklabels()] == [row["label"] for row in rows[1:]]
     assert Image.open(tmp_path / "gain.png").width == 1152
+
+
+def test_front_is_what_none_beats() -> None:
+    """Ascending in both figures; equal cost keeps the better, equal quality the cheaper."""
+    points = [(3.0, 30.0), (2.0, 29.0), (2.0, 28.0), (4.0, 30.0), (5.0, 29.5), (6.0, 31.0)]
+    assert pareto_front(points) == [(2.0, 29.0), (3.0, 30.0), (6.0, 31.0)]
+    assert pareto_front([]) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 12])

@@ -12,10 +12,26 @@ from rich.console import Console
 from rich.table import Table
 
 from qsr_plugin import complexity
+from qsr_plugin.data.patches import PatchOptions
 from qsr_plugin.report.evaluate import EvaluationResult, ImageScore
-from qsr_plugin.report.tables import quantity, results_table, site_table, size, summary_table, write_json
+from qsr_plugin.report.fab import BitStatistics
+from qsr_plugin.report.tables import (
+    NO_RECORD,
+    depth_table,
+    quantity,
+    results_table,
+    site_table,
+    size,
+    summary_table,
+    write_json,
+)
 
 RESULT = EvaluationResult(4, 31.4159, 0.87654, 4.0, (ImageScore("a.png", 31.4159, 0.87654, 4.0),))
+CUT = PatchOptions(size=96, overlap=6, last="enlarge")
+BITS = BitStatistics(
+    5.6, 4.9, (5.2, 5.5, 6.0), 6.81, {"4": 0.31, "6": 0.58, "8": 0.11}, {"body.0.conv1.input": 5.6}, {}
+)
+ADAPTIVE = dataclasses.replace(RESULT, fab=5.6, bits=BITS, patches=CUT)
 
 
 def text_of(table: Table, width: int = 100) -> str:
@@ -76,11 +92,48 @@ def test_results_are_compared_in_one_table(tiny) -> None:
 
 def test_results_counted_differently_are_not_compared(tiny) -> None:
     report = complexity(tiny("EDSR"), (6, 10))
-    for other in (dataclasses.replace(report, convention="cadyq"), dataclasses.replace(report, input_size=(6, 11))):
-        with pytest.raises(ValueError, match="one BitOPs convention, input size and scale, found: "):
+    for change in ({"convention": "cadyq"}, {"input_size": (6, 11)}, {"patches": CUT}):
+        other = dataclasses.replace(report, **change)
+        with pytest.raises(ValueError, match="one BitOPs convention, input size, scale and way of cutting images"):
             results_table({"a": (report, RESULT), "b": (other, RESULT)})
+    with pytest.raises(ValueError, match="scored on patches of 96x96, overlap 6, last enlarged"):
+        results_table({"a": (report, RESULT), "b": (report, ADAPTIVE)})
     with pytest.raises(ValueError, match="no result"):
         results_table({})
+
+
+def test_bits_that_vary_are_shown_with_their_range_and_the_protocol(tiny) -> None:
+    report = complexity(tiny("EDSR", "pams", weight_bits=4, act_bits=4), (200, 200), patches=CUT)
+    summary = text_of(summary_table(report, {"Set5": ADAPTIVE}), 120)
+    for part in (
+        "5.60 [4.90, 6.81]",
+        "4: 31 %, 6: 58 %, 8: 11 %",
+        "Set5 run as",
+        "patches of 96x96, overlap 6, last enlar",
+    ):
+        assert part in summary
+    assert "200x200 (LR height x width), in patches of 96x96" in summary
+    compared = text_of(
+        results_table({"static": (report, dataclasses.replace(RESULT, patches=CUT)), "own": (report, ADAPTIVE)})
+    )
+    assert "5.60 [4.90, 6.81]" in compared and " 4.00 " in compared
+    assert "Scores and FAB on patches of 96x96" in " ".join(compared.split())
+    assert ADAPTIVE.to_dict()["protocol"] == "patches of 96x96, overlap 6, last enlarged"
+    assert json.loads(json.dumps(ADAPTIVE.to_dict()))["bits"]["shares"]["6"] == 0.58
+    assert ADAPTIVE.place_bits == {"body.0.conv1.input": 5.6} and RESULT.place_bits == {}
+
+
+def test_bits_without_a_record_are_said_to_have_none(tiny) -> None:
+    report = complexity(tiny("EDSR", "pams", weight_bits=4, act_bits=4), (6, 10))
+    sites = tuple(dataclasses.replace(site, act_bits=None) for site in report.sites)
+    never = {"fab": None, "weighted_fab": None, "bitops": None, "bitops_quantized": None, "sites": sites}
+    report = dataclasses.replace(report, **never, policy_ops=1500, blocks=(1, 1))
+    summary = text_of(summary_table(report))
+    assert summary.count(NO_RECORD) == 4 and "1.5 k float operations" in summary
+    assert quantity(report.macs) in summary and size(report.storage_bits) in summary
+    assert text_of(site_table(report), 140).count(NO_RECORD) == len(sites)
+    assert text_of(depth_table([report])).count(NO_RECORD) == 2
+    assert NO_RECORD in text_of(results_table({"a": (report, RESULT)}))
 
 
 def test_json_is_strict_and_complete(tiny, tmp_path) -> None:

@@ -1,0 +1,171 @@
+"""Post-training tuning: ranges and bits of a calibrated network learn from the float one, without ground truth.
+
+The recipe's stages run over the calibration images in the same order again and again (Hong and Lee, CVPR 2024; Tu et
+al., CVPR 2023), with one Adam for all groups. A training of the host can do the same on freshly drawn crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin.losses.build import build_step_losses
+from qsr_plugin.losses.context import StepContext, StepLoss
+from qsr_plugin.models.finite import refuse_non_finite
+from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
+from qsr_plugin.quant.calibrate import image_batches
+from qsr_plugin.quant.recipe import RecipeError
+from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.schema import Recipe
+from qsr_plugin.quant.surgery import tap
+
+#: Bytes of the teacher's outputs and features that are kept for the next time a batch comes; the rest is made again.
+KEPT_BYTES = 2 * 2**30
+
+Progress = Callable[[Sequence[int]], Iterable[int]]
+
+
+def tune(
+    net: nn.Module,
+    float_net: nn.Module,
+    images: Union[str, Path, Tensor, Iterable[Tensor]],
+    *,
+    progress: Progress = iter,
+) -> dict[str, float]:
+    """Run the stages of a network's recipe on images, with the float network as the teacher.
+
+    Nothing is drawn at random: batches come in the order of the images, so that two calls give the same network.
+
+    Args:
+        net: Calibrated network whose recipe has ``tuning``; changed only if all steps succeed.
+        float_net: The float network it was made from; not changed.
+        images: As :func:`qsr_plugin.calibrate` takes them; best those it was calibrated on.
+        progress: Wraps the sequence of steps, e.g. ``rich.progress.track``.
+
+    Returns:
+        Seconds by what they were spent on: ``teacher``, and the groups that a stage trains.
+
+    Raises:
+        RecipeError: If the recipe has no ``tuning``, or a stage that trains a group gives it no learning rate.
+        ValueError: If there are no images, or for one of a wrong shape.
+        FloatingPointError: If a loss or a gradient is not finite, naming where it starts.
+    """
+    recipe = _tunable(net)
+    device = next(net.parameters()).device
+    batches = [
+        part.to(device).contiguous(memory_format=torch.channels_last)
+        for batch in image_batches([images] if isinstance(images, Tensor) else images)
+        for part in batch.split(recipe.tuning.batch)
+    ]
+    if not batches:
+        raise ValueError("no images to tune on: give a folder with images, or a non-empty iterable of tensors")
+    losses = build_step_losses(recipe.losses, device)
+    student, teacher = deepcopy(net).train(), deepcopy(float_net).to(device).eval().requires_grad_(False)
+    for one in (student, teacher):
+        one.to(memory_format=torch.channels_last)  # the backward of wide kernels with few outputs is much faster
+        for place in {place: None for loss in losses.values() for place in loss.taps}:
+            tap(one, place, place)
+    student.keep_pairs = any(loss.needs_pairs for loss in losses.values())
+    check_stages(recipe.stages, student, kept=("weights", "others"))
+    run = _Run(student, _Teacher(teacher, batches), losses, recipe)
+    run.learn(batches, progress)
+    net.load_state_dict(student.state_dict())
+    return run.seconds
+
+
+def _tunable(net: nn.Module) -> Recipe:
+    """The network's recipe, if it says how to tune."""
+    recipe = getattr(net, "recipe", None)
+    if recipe is None or recipe.tuning is None:
+        found = "a float network" if recipe is None else f"method '{recipe.method}'"
+        raise RecipeError(f"{found} has no 'tuning': take a recipe with tuning: {{batch: 2}}, stages and losses")
+    for index, stage in enumerate(recipe.stages):
+        for group in stage.train:
+            if getattr(stage.lr, group) is None:
+                raise RecipeError(f"recipe.stages[{index}].lr.{group} is missing: a tuning has no other; give one")
+    return recipe
+
+
+class _Teacher:
+    """What the float network makes of each batch, kept as far as it fits in :data:`KEPT_BYTES`."""
+
+    def __init__(self, net: nn.Module, batches: Sequence[Tensor]) -> None:
+        self._net, self._batches, self._room = net, batches, KEPT_BYTES
+        self._kept: dict[int, tuple[Tensor, ForwardRecord | None]] = {}
+
+    def ask(self, number: int) -> tuple[Tensor, ForwardRecord | None]:
+        """Output and forward record for one of the batches."""
+        if number in self._kept:
+            return self._kept[number]
+        with torch.no_grad():
+            output = self._net(self._batches[number])
+        record = getattr(self._net, "_last_record", None)
+        if record is not None:
+            record = replace(record, taps=dict(record.taps))  # its own are dropped by the next forward
+        tensors = [output, *(() if record is None else record.taps.values())]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = output, record
+        return output, record
+
+
+class _Run:
+    """One tuning.
+
+    Args:
+        net: Student, in training mode and tapped.
+        teacher: Of the same batches, tapped in the same places.
+        losses: By name.
+        recipe: The student's.
+    """
+
+    def __init__(self, net: nn.Module, teacher: _Teacher, losses: dict[str, StepLoss], recipe: Recipe) -> None:
+        self._net, self._teacher, self._losses = net, teacher, losses
+        self._schedule = StageSchedule(recipe.stages, base_lr=0.0)
+        used = {group for stage in recipe.stages for group in stage.train}
+        groups = parameter_groups(net).items()
+        self._optimizer = torch.optim.Adam(
+            [{"params": parameters, "name": name} for name, parameters in groups if parameters and name in used]
+        )
+        self.seconds: dict[str, float] = {}
+
+    def learn(self, batches: Sequence[Tensor], progress: Progress) -> None:
+        """Take all steps of all stages."""
+        entered = -1
+        for step in progress(range(1, sum(stage.iters for stage in self._schedule.stages) + 1)):
+            index, number = self._schedule.index_at(step), (step - 1) % len(batches)
+            if index != entered:
+                self._enter(index)
+                entered = index
+            begun = perf_counter()
+            output, record = self._teacher.ask(number)
+            taught = perf_counter()
+            self._step(step, batches[number], output, record)
+            self._spend("teacher", taught - begun)
+            self._spend(", ".join(self._schedule.stages[index].train), perf_counter() - taught)
+
+    def _enter(self, index: int) -> None:
+        self._schedule.apply(index, self._net)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.learning_rate(index, group["name"])
+
+    def _step(self, step: int, images: Tensor, wanted: Tensor, record: ForwardRecord | None) -> None:
+        self._optimizer.zero_grad()
+        context = StepContext(self._net(images), wanted, self._net.last_record(), wanted, record, step)
+        values = {name: loss(context) for name, loss in self._losses.items()}
+        sum(values.values()).backward()
+        found = {name: value.item() for name, value in values.items()}
+        refuse_non_finite(f"tuning step {step}", self._net, found, images, wanted, [])
+        self._optimizer.step()
+        project(self._net)
+
+    def _spend(self, on: str, seconds: float) -> None:
+        self.seconds[on] = self.seconds.get(on, 0.0) + seconds

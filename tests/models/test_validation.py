@@ -1,0 +1,110 @@
+"""Validation of a network whose bits depend on the image, in the host's loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from basicsr.models.sr_model import SRModel
+from torch import nn
+
+from qsr_plugin.models import validation
+from qsr_plugin.models.validation import Validation
+from qsr_plugin.options_file import OptionsError
+from tests.quant.choosers import quantized
+
+PLACES = [f"body.{block}.conv{conv}.input" for block in (0, 1) for conv in (1, 2)]
+
+
+class Host(SRModel):
+    """The host's model without its training."""
+
+    def __init__(self, opt: dict) -> None:
+        self.opt, self.device = opt, torch.device("cpu")
+
+
+class Model(Validation, Host):
+    """What is under test, with a network put in by hand."""
+
+
+class Lines(list):
+    """A logger and a TensorBoard writer in one."""
+
+    def info(self, message: str) -> None:
+        self.append(message)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.append((name, round(float(value), 4), step))
+
+
+@pytest.fixture
+def adaptive(choosers: None, images: list[torch.Tensor]) -> nn.Module:
+    """Dark images get 4 bits, medium ones 6, bright ones 8."""
+    return quantized("toy_brightness", images)
+
+
+def model_of(net: nn.Module, **val: object) -> Model:
+    metrics = {"psnr": {"type": "calculate_psnr", "crop_border": 0}}
+    model = Model(
+        {"val": {"metrics": metrics, **val}, "dist": False, "rank": 0, "scale": 1, "is_train": True, "name": "x"}
+    )
+    model.net = net
+    return model
+
+
+def validate(model: Model, monkeypatch: pytest.MonkeyPatch) -> Lines:
+    """Validate on a dark image, and on one that is dark on the left and bright on the right."""
+    dark, half = torch.full((1, 3, 16, 16), 0.1), torch.full((1, 3, 16, 32), 0.1)
+    half[..., 16:] = 0.9
+    items = [{"lq": x, "gt": x.clone(), "lq_path": [f"{index}.png"]} for index, x in enumerate((dark, half))]
+    dataset = type("Images", (list,), {"opt": {"name": "Set2"}})(items)
+    told = Lines()
+    monkeypatch.setattr(validation, "get_root_logger", lambda: told)
+    model.validation(torch.utils.data.DataLoader(dataset, batch_size=None), 7, told)
+    return told
+
+
+def test_bits_are_told_once_per_validation(adaptive: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(adaptive)
+    for _ in range(2):  # the second one starts anew
+        told = validate(model, monkeypatch)
+        assert "\t # FAB Set2: 5.000" in told
+        (bits,) = (line for line in told if isinstance(line, str) and line.startswith("bits "))
+        shares, *places = bits.splitlines()
+        assert shares == "bits Set2: 4: 50 %, 6: 50 %; image FAB 4.00 to 6.00"
+        assert " ".join(places).replace("\t", "") == ", ".join(f"{place}: 5.00" for place in PLACES)
+        assert ("metrics/Set2/fab", 5.0, 7) in told
+        assert ("metrics/Set2/share_of_4_bits", 0.5, 7) in told and ("metrics/Set2/share_of_6_bits", 0.5, 7) in told
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_patches_weigh_alike_in_batches_of_any_size(
+    adaptive: nn.Module, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Columns start at 0, 8 and 16: dark, dark with two bright columns, bright; the last is 16 pixels wide, not 10."""
+    model = model_of(adaptive, patches={"size": 10, "overlap": 2, "last": "enlarge", "batch": batch})
+    validate(model, monkeypatch)
+    found = model._tally.statistics()
+    assert (found.lowest, found.highest) == (4.0, pytest.approx((4 + 4 + 8) / 3))
+    assert found.shares == {"4": pytest.approx((1 + 2 / 3) / 2), "8": pytest.approx(1 / 6)}
+
+
+def test_fixed_bits_need_no_shares(images, choosers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = validate(model_of(quantized("toy_brightness", images, bits={"weight": 8, "act": 4})), monkeypatch)
+    assert "\t # FAB Set2: 4.000" in told
+    assert not any("bits" in str(line) for line in told)
+
+
+def test_modes_and_a_batch_of_whole_images(adaptive: nn.Module) -> None:
+    model = model_of(adaptive)
+    adaptive.train()
+    adaptive.body[0].eval()
+    model.lq = torch.stack([torch.full((3, 8, 8), value) for value in (0.1, 0.9)])
+    model.test()
+    assert adaptive.training and not adaptive.body[0].training and not model.output.requires_grad
+    assert model._tally.statistics().shares == {"4": 0.5, "8": 0.5}
+
+
+@pytest.mark.parametrize("patches", [{"size": 8, "stride": 4}, {"size": 8, "overlap": 8}])
+def test_wrong_patches_are_told_before_anything_is_built(patches: dict) -> None:
+    with pytest.raises(OptionsError, match=r"val\.patches"):
+        model_of(nn.Identity(), patches=patches)
