@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
@@ -42,25 +43,34 @@ def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args([a.replace("--local-rank", "--local_rank") for a in argv])
 
 
-def resolved_command(argv: list[str], folder: Path) -> dict[str, Any]:
+def host_arguments(flags: list[str]) -> argparse.Namespace:
+    """What the host will read as ``launcher`` and ``auto_resume`` from its part of the command line."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--launcher", default="none")
+    parser.add_argument("--auto_resume", action="store_true")
+    return parser.parse_known_args(flags)[0]
+
+
+def resolved_command(own: argparse.Namespace, flags: list[str], folder: Path) -> dict[str, Any]:
     """Resolve the option file and point the host's command line to the result.
 
     Args:
-        argv: Command line without the program name.
+        own: What :func:`own_arguments` takes from the command line.
+        flags: What it leaves to the host.
         folder: Where to write the resolved file; the host copies it into the experiment folder.
 
     Returns:
         The resolved options.
     """
-    own, rest = own_arguments(argv)
     options = load_options(own.opt, own.force_yml)
+    options["path"] = options.get("path") or {}
     if own.allow_recipe_change:
         options["allow_recipe_change"] = True
-    if options.get("num_gpu") == "auto" and ("--launcher" not in rest or "none" in rest):
+    if options.get("num_gpu") == "auto" and host_arguments(flags).launcher == "none":
         options["num_gpu"] = min(torch.cuda.device_count(), 1)  # more than one takes a launcher
     resolved = folder / Path(own.opt).name
     write_options(options, resolved)
-    sys.argv = [sys.argv[0], "-opt", str(resolved), *rest]
+    sys.argv = [sys.argv[0], "-opt", str(resolved), *flags]
     return options
 
 
@@ -79,27 +89,26 @@ def check_before_start(options: dict[str, Any]) -> None:
 
         recipe = QuantNet(network["backbone"], network["recipe"]).recipe
         build_step_losses(recipe.losses)
-    for key, value in (options.get("path") or {}).items():
+    for key, value in options["path"].items():
         if key.startswith("pretrain_network") and value:
             read_file(value)
     refuse_bad_data(options)
 
 
-def prepare_start(options: dict[str, Any], resolved: Path, flags: list[str]) -> None:
+def prepare_start(options: dict[str, Any], resolved: Path, flags: list[str], forced: Sequence[str] = ()) -> None:
     """Have the training start from another one's result if the options say so, training that one first if need be.
 
     Args:
         options: Resolved options; the path of the start is put in.
         resolved: Their file, which is written again.
         flags: The host's part of the command line.
+        forced: ``key:key=value`` entries of the command line.
     """
-    folder = Path("experiments", options["name"])
-    resuming = bool((options.get("path") or {}).get("resume_state")) or (
-        "--auto_resume" in flags and newest_state(folder / "training_states", folder / "models") is not None
-    )
-    start = start_of(options, resuming=resuming, distributed="--launcher" in flags and "none" not in flags)
+    host, states = host_arguments(flags), Path("experiments", options["name"], "training_states")
+    resuming = bool(options["path"].get("resume_state")) or (host.auto_resume and any(states.glob("*.state")))
+    start = start_of(options, resuming=resuming, distributed=host.launcher != "none", forced=forced)
     if start is not None:
-        options.setdefault("path", {})["pretrain_network_quantized"] = str(start)
+        options["path"]["pretrain_network_quantized"] = str(start)
         write_options(options, resolved)
 
 
@@ -208,13 +217,14 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
-            options = resolved_command(sys.argv[1:] if argv is None else argv, Path(folder))
+            own, flags = own_arguments(sys.argv[1:] if argv is None else argv)
+            options = resolved_command(own, flags, Path(folder))
             compat.import_host()
             logging.getLogger("qsr_plugin").info("using %s", compat.describe_host())
             check_before_start(options)
             keep_freed_memory()
             if pipeline == "train":
-                prepare_start(options, Path(sys.argv[2]), sys.argv[3:])
+                prepare_start(options, Path(sys.argv[2]), flags, own.force_yml)
                 patch_pipeline({})
             module = import_module(f"basicsr.{pipeline}")
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())

@@ -18,7 +18,7 @@ class StepContext:
         output: Super-resolved batch (N, 3, sH, sW), with graph.
         gt: Ground truth of the same shape.
         record: The quantized network's forward record.
-        teacher_output: The float teacher's result, or ``None`` if no loss asks for a teacher.
+        teacher_output: The teacher's result, or ``None`` if no loss asks for a teacher.
         teacher_record: The teacher's forward record, or ``None``.
         iteration: Which one it is, counted from 1.
     """
@@ -35,7 +35,7 @@ class StepLoss(nn.Module):
     """Base of losses that need more than output and ground truth.
 
     Attributes:
-        needs_teacher: The float network is run on each batch as well.
+        needs_teacher: The recipe's teacher is run on each batch as well.
         needs_pairs: The record keeps every tensor beside its quantized form.
         regularizer: In a recipe with ``cooperative``, one of the losses whose gradient is weighted.
         taps: Roles or ``module:port`` places whose tensors are wanted in the records.

@@ -1,4 +1,4 @@
-"""Distillation from the float teacher: its output, its features, and structured knowledge transfer.
+"""Distillation from the recipe's teacher: its output, its features, and structured knowledge transfer.
 
 Structured knowledge transfer is that of PAMS (Li et al., ECCV 2020, Sec. 3.3); the losses on the output and on blocks
 are those of AdaBM (Hong and Lee, CVPR 2024) and need no ground truth.

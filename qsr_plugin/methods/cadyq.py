@@ -33,9 +33,9 @@ class BitSelector(BitPolicy):
         """Options of :class:`BitSelector`.
 
         Attributes:
-            gradient_scale: Factor of the gradient magnitudes (luminance in 0..1 per pixel), which should become about
-                as large as the deviations of the features. Published is 1000, for networks that compute on 0..255 or
-                have batch norm, and 1 for one that computes on 0..1 without.
+            gradient_scale: Factor of the gradient magnitudes (luminance in 0..1 per pixel). Published is 1000, and 1
+                for one network. With 1000 a photo's two are tens each; the deviations they stand beside are from
+                hundredths to tens each, by network and place, but as many as there are channels.
         """
 
         gradient_scale: float = Field(1000.0, gt=0)

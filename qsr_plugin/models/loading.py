@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsr_plugin import checkpoint
 from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.models.run_state import changed_keys, completed
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.policy import PolicyPart
+from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers
 
@@ -78,17 +80,47 @@ class Loading:
 def adopt(net: nn.Module, path: str) -> None:
     """Start a network from one of the same backbone that was quantized otherwise: weights and ranges, not policies.
 
-    A range that served all bit widths, or the only one, becomes that of every candidate.
+    A range that served all bit widths, or the only one, becomes that of every candidate. A file that says its recipe
+    must have the same quantizers, and ranges of one width or of the same candidates.
 
     Args:
         net: Network whose quantizers are of the same classes at the same places.
         path: Quantized ``.safetensors`` or ``.pth``.
 
     Raises:
-        CheckpointError: If weights or ranges are missing, left over or of another shape; nothing is changed then.
+        CheckpointError: If weights or ranges are missing, left over, of another shape or for other bits or quantizers;
+            nothing is changed then.
     """
-    content, _ = checkpoint.read_file(path)
-    found, own = checkpoint.state_dict_in(content, path), net.state_dict()
+    content, metadata = checkpoint.read_file(path)
+    recipe = _recipe_in(metadata)
+    state, problems = adopted(net, checkpoint.state_dict_in(content, path), recipe)
+    if problems:
+        raise checkpoint.CheckpointError(
+            f"path.pretrain_network_quantized: {path} does not fit recipe and backbone:\n  " + "\n  ".join(problems[:8])
+        )
+    if recipe is not None:
+        saved, wanted = recipe.to_dict(), net.recipe.to_dict()
+        for line in (
+            *changed_keys(saved["bits"]["weight"], wanted["bits"]["weight"], "recipe.bits.weight"),
+            *changed_keys(saved["quantizers"], wanted["quantizers"], "recipe.quantizers"),
+        ):
+            logger.warning("%s starts from another recipe: %s", path, line)
+    net.load_state_dict(state)
+    logger.info("Start from the weights and ranges of %s.", path)
+
+
+def adopted(net: nn.Module, found: Mapping[str, Tensor], recipe: Recipe | None) -> tuple[dict[str, Tensor], list[str]]:
+    """What a network's state becomes when it starts from another one's; see :func:`adopt`.
+
+    Args:
+        net: Network that starts; it is not changed.
+        found: State dict of the other one.
+        recipe: The other one's recipe, if it is known.
+
+    Returns:
+        The state, and what stands against it, line by line.
+    """
+    own = net.state_dict()
     learned = {name for name, module in net.named_modules() if isinstance(module, PolicyPart)}
     state = {key: own[key] for key in own if any(key.startswith(f"{name}.") for name in learned)}
     for key, value in found.items():
@@ -96,13 +128,28 @@ def adopt(net: nn.Module, path: str) -> None:
             state[key] = value.expand_as(own[key]) if value.dim() == 0 else value
         elif key not in own and "_policy." not in key:
             state[key] = value
-    problems = checkpoint.key_differences(own, state)
-    if problems:
-        raise checkpoint.CheckpointError(
-            f"path.pretrain_network_quantized: {path} does not fit recipe and backbone:\n  " + "\n  ".join(problems[:8])
-        )
-    net.load_state_dict(state)
-    logger.info("Start from the weights and ranges of %s.", path)
+    problems = [] if recipe is None else _other_meaning(recipe, net.recipe)
+    return state, problems + checkpoint.key_differences(own, state)
+
+
+def _other_meaning(saved: Recipe, wanted: Recipe) -> list[str]:
+    """Differences of two recipes that may leave every key and shape as it is and yet make other ranges of them."""
+    lines = []
+    if isinstance(saved.act_widths, tuple) and saved.act_widths != wanted.act_widths:
+        lines.append(f"bits.act: its ranges are for {saved.act_widths}, the recipe wants {wanted.act_widths}")
+    for role in ("act", "weight"):
+        kinds = [getattr(recipe.quantizers, role).type for recipe in (saved, wanted)]
+        if kinds[0] != kinds[1]:
+            lines.append(f"quantizers.{role}: it has '{kinds[0]}', the recipe wants '{kinds[1]}'")
+    return lines
+
+
+def _recipe_in(metadata: Mapping[str, str]) -> Recipe | None:
+    """The recipe a file says it was made with; none if it says none, or one that cannot be read any more."""
+    try:
+        return load_recipe(json.loads(metadata["recipe"])) if "recipe" in metadata else None
+    except RecipeError:
+        return None
 
 
 def _slimmed(recipe: dict[str, Any]) -> str:

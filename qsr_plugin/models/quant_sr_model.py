@@ -1,6 +1,6 @@
 """``QuantSRModel``: the host's SR model for quantized networks.
 
-On top of ``SRModel``: float weights, calibration, stages with a learning rate per parameter group, a float teacher,
+On top of ``SRModel``: float weights, calibration, stages with a learning rate per parameter group, a teacher,
 losses on features and bits, EMA that carries buffers, checkpoints that survive a crash, and exact resume.
 """
 
@@ -104,7 +104,7 @@ class QuantSRModel(Loading, Teaching, RunState, Validation, SRModel):
         self._enter_stage(0)
 
     def setup_optimizers(self) -> None:
-        """One optimiser; one parameter group each for weights, ranges and others, as far as a stage trains them."""
+        """One optimiser, with a parameter group for each learning group that has parameters and is ever trained."""
         options = self.opt["train"]["optim_g"]
         kind = options.pop("type")
         used = {group for stage in self.recipe.stages for group in stage.train}

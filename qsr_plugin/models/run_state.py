@@ -11,6 +11,8 @@ from qsr_plugin import checkpoint
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 
+_LONGEST = 80  # letters of a value in a message; tables of bits are longer than a screen
+
 
 class RunState:
     """Mixin of the model: checkpoints in the host's layout beside ``.safetensors``, and exact training states."""
@@ -96,10 +98,15 @@ def completed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_keys(old: Any, new: Any, path: str = "recipe") -> list[str]:
-    """Dotted keys in which two plain structures differ, with both values."""
+    """Dotted keys in which two plain structures differ, with both values, long ones cut."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in changed_keys(old.get(key), new.get(key), f"{path}.{key}")]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new)) for line in changed_keys(*pair, f"{path}[{i}]")]
-    return [] if old == new else [f"{path}: saved {old!r}, now {new!r}"]
+    return [] if old == new else [f"{path}: saved {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

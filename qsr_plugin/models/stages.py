@@ -143,7 +143,7 @@ class StageSchedule:
         return self.base_lr if chosen is None else chosen
 
     def apply(self, index: int, net: nn.Module) -> None:
-        """Freeze and unfreeze the groups and tell the quantizers what the stage says about ranges."""
+        """Freeze and unfreeze the groups, and tell quantizers, bit policies and batch norm layers of the stage."""
         stage = self.stages[index]
         net.requires_grad_(False)  # idle parameters are in no group
         for group, parameters in parameter_groups(net).items():

@@ -13,6 +13,7 @@ from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.quant.reduce import copy_from_first
 from qsr_plugin.quant.surgery import tap
 
 logger = logging.getLogger("basicsr")
@@ -28,10 +29,19 @@ class Teaching:
         """The teacher in evaluation mode, or ``None`` if no loss wants one.
 
         Raises:
-            OptionsError: If the files it is made of are not given.
+            OptionsError: If the files it is made of are not given, or one is given that it is not made of.
+            CheckpointError: If the teacher of a resumed run is not there any more.
         """
+        given = self.opt["path"].get("pretrain_network_teacher")
         if not any(loss.needs_teacher for loss in self.losses.values()):
+            if given:
+                logger.warning("path.pretrain_network_teacher has no effect: no loss of the recipe has a teacher.")
             return None
+        if given and self.recipe.teacher == "float":
+            raise OptionsError(
+                f"path.pretrain_network_teacher is {given}, but recipe.teacher is float, and so the teacher is "
+                "path.pretrain_network_float: set recipe.teacher: start, or leave path.pretrain_network_teacher out"
+            )
         teacher = self._float_teacher() if self.recipe.teacher == "float" else self._quantized_teacher()
         self.tap_features(teacher)
         return teacher.to(self.device).eval().requires_grad_(False)
@@ -47,15 +57,23 @@ class Teaching:
 
     def _quantized_teacher(self) -> nn.Module:
         kept = Path(self.opt["path"]["models"]) / TEACHER_FILE
-        given = self.opt["path"].get("pretrain_network_teacher") or (
-            kept if self.opt["path"].get("resume_state") else None
-        )
+        given = self.opt["path"].get("pretrain_network_teacher")
+        if not given and self.opt["path"].get("resume_state"):
+            if not kept.is_file():
+                raise checkpoint.CheckpointError(
+                    f"{kept} does not exist, the teacher of the run that is resumed: bring it back, or give the "
+                    "quantized network that run started from as path.pretrain_network_teacher"
+                )
+            given = kept
         if given:
             logger.info("The teacher is %s.", given)
             return checkpoint.load_quantized(given)
         if self.opt["rank"] == 0:
             checkpoint.save_quantized(self.net, kept)
-        return deepcopy(self.net)
+        teacher = deepcopy(self.net)
+        with torch.no_grad():  # random float weights differ between processes until DDP wraps the student
+            copy_from_first([*teacher.parameters(), *teacher.buffers()])
+        return teacher
 
     def tap_features(self, net: nn.Module) -> None:
         """Have a network record what the losses compare."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsr_plugin import compat
+from qsr_plugin import checkpoint, compat
 from qsr_plugin.checkpoint import CheckpointError, save_quantized, save_torch
+from qsr_plugin.options_file import OptionsError
+from qsr_plugin.quant import reduce
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model
@@ -20,7 +22,9 @@ compat.import_host()
 
 from basicsr.models import build_model  # noqa: E402
 
+from qsr_plugin.models import loading  # noqa: E402
 from qsr_plugin.models.loading import adopt  # noqa: E402
+from qsr_plugin.models.run_state import changed_keys  # noqa: E402
 from qsr_plugin.models.stages import check_stages, parameter_groups, project  # noqa: E402
 from qsr_plugin.models.teaching import TEACHER_FILE  # noqa: E402
 from tests.host import every_method  # noqa: E402
@@ -108,6 +112,44 @@ def test_a_start_that_does_not_fit_changes_nothing(tiny_net, images, tmp_path: P
     assert harness.differences(before, second.state_dict()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bits": {"weight": 4, "act": [3, 5, 7]}}, r"bits.act: its ranges are for \(4, 6, 8\), .* wants \(3, 5, 7\)"),
+        (
+            {"quantizers": {"weight": {"type": "dorefa_weight"}}},
+            "quantizers.weight: it has 'maxabs', the recipe wants 'dorefa_weight'",
+        ),
+    ],
+)
+def test_ranges_made_for_something_else_are_refused(tiny_net, images, tmp_path: Path, changes, told: str) -> None:
+    save_quantized(calibrate(other(tiny_net()), images), path := tmp_path / "net.safetensors")
+    second = quantize_model(tiny_net(), load_recipe(other(tiny_net()).recipe, **changes))
+    assert checkpoint.key_differences(second.state_dict(), other(tiny_net()).state_dict()) == []
+    with pytest.raises(CheckpointError, match=told):
+        adopt(second, str(path))
+
+
+def test_other_weight_bits_and_quantizer_options_are_told(tiny_net, images, tmp_path: Path, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(loading.logger, "warning", lambda text, *values: told.append(text % values))
+    weight = {"type": "dorefa_weight", "rescale": False}
+    first = quantized(tiny_net(), images, bits={"weight": 8, "act": 8}, quantizers={"weight": weight})
+    save_quantized(first, path := tmp_path / "net.safetensors")
+    adopt(other(tiny_net(), quantizers={"weight": {**weight, "rescale": True}}), str(path))
+    assert [line.partition("recipe: ")[2] for line in told] == [
+        "recipe.bits.weight: saved 8, now 4",
+        "recipe.quantizers.weight.rescale: saved False, now True",
+    ]
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    (line,) = changed_keys({"table": list(range(99))}, {"table": {"rows": 4}})
+    assert (
+        line.startswith("recipe.table: saved [0, 1, 2, ") and line.endswith("..., now {'rows': 4}") and len(line) < 130
+    )
+
+
 # -- in the host's model ---------------------------------------------------------------------------------------------
 
 
@@ -157,8 +199,31 @@ def test_a_resumed_run_has_the_same_teacher(data: Path, tmp_path: Path) -> None:
     assert torch.equal(outputs(again.teacher), outputs(model.teacher))
     assert not torch.equal(outputs(again.net), outputs(again.teacher))
     (tmp_path / "models" / TEACHER_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{TEACHER_FILE} does not exist"):
+    with pytest.raises(CheckpointError, match=f"{TEACHER_FILE} does not exist.* path.pretrain_network_teacher"):
         build_model(opt)
+
+
+def test_processes_have_one_teacher(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(options(data, tmp_path))
+    before = {key: value.clone() for key, value in model.net.state_dict().items()}
+    monkeypatch.setattr(reduce, "world_size", lambda: 2)
+    monkeypatch.setattr(reduce.dist, "broadcast", lambda flat, src: flat.fill_(0.25))
+    teacher = model.build_teacher()
+    assert all((value == 0.25).all() for value in teacher.state_dict().values() if value.is_floating_point())
+    assert harness.differences(before, model.net.state_dict()) == []
+
+
+def test_a_teacher_that_would_not_be_asked_is_told(data: Path, tmp_path: Path, monkeypatch) -> None:
+    opt = options(data, tmp_path, teacher="float")
+    opt["path"]["pretrain_network_teacher"] = "given.safetensors"
+    with pytest.raises(OptionsError, match="recipe.teacher is float.* set recipe.teacher: start"):
+        build_model(opt)
+    told: list[str] = []
+    monkeypatch.setattr(loading.logger, "warning", lambda text, *values: told.append(text % values))
+    opt = options(data, tmp_path, losses=[])
+    opt["path"]["pretrain_network_teacher"] = "given.safetensors"
+    assert build_model(opt).teacher is None
+    assert "path.pretrain_network_teacher has no effect: no loss of the recipe has a teacher." in told
 
 
 def test_a_teacher_can_be_given(data: Path, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_value_of_the_best_and_gradient_of_the_mixture() -> None:
     assert torch.allclose(d_logits, by_hand.t())
 
 
+def test_what_is_not_chosen_may_hold_anything() -> None:
+    outputs = torch.stack([torch.tensor([[1.0], [float("inf")]]), torch.tensor([[float("nan")], [2.0]])])
+    assert hard_soft(outputs, torch.tensor([[0.6, 0.4], [0.3, 0.7]])).flatten().tolist() == [1.0, 2.0]
+
+
 def test_ties_choose_the_fewest_bits() -> None:
     outputs = torch.stack([torch.full((2, 1), float(k)) for k in range(3)])
     p = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4]])
