@@ -19,6 +19,14 @@ from qsr_plugin.quant.quantizer import StrictOptions
 from qsr_plugin.quant.record import ForwardRecord
 
 
+class _WideLinear(nn.Linear):
+    """In the type of its input, whatever that of the network is: rows of W differ by less than 16 bits resolve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 @register_policy("selector")
 class BitSelector(BitPolicy):
     """Bits of each image from ``softmax(W f + b)`` over the candidates, ``f = [g_x, g_y, sigma_1 .. sigma_C]``.
@@ -46,7 +54,7 @@ class BitSelector(BitPolicy):
         self, options: Options, candidates: tuple[int, ...], channels: int | None = None, channel_axis: int = 1
     ) -> None:
         super().__init__(options, candidates, channels, channel_axis)
-        self.linear = nn.Linear(channels + 2, len(candidates))
+        self.linear = _WideLinear(channels + 2, len(candidates))
         with torch.no_grad():
             self.linear.weight.fill_(1.0)
             self.linear.bias.zero_()[-1] = 1.0
@@ -65,12 +73,10 @@ class BitSelector(BitPolicy):
         if record is None or record.image is None:
             raise RuntimeError(f"{self.place}: bits follow the image: run the whole quantized network, not this part")
         gradients = record.once(_gradients) * self.options.gradient_scale
-        wide = torch.promote_types(features.dtype, torch.float32)  # rows of W differ by less than 16 bits resolve
+        wide = torch.promote_types(features.dtype, torch.float32)
         spread = deviations(features.detach().to(wide), record.images, self.channel_axis)
         cues = torch.cat([gradients.to(wide), spread], 1)
-        with torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(cues, self.linear.weight.to(wide), self.linear.bias.to(wide))
-        return choose(logits.softmax(1), self.candidates)
+        return choose(self.linear(cues).softmax(1), self.candidates)
 
     def overhead_ops(self, shape: torch.Size) -> int:
         """A sum and a sum of squares over the tensor, and the linear layer."""

@@ -122,6 +122,13 @@ def test_at_first_every_image_gets_the_most_bits(seed: int) -> None:
     close(decision.probabilities, [[0.2119416, 0.2119416, 0.5761169]] * 3, digits=4)  # logits are some hundreds
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_so_it_is_in_a_network_of_sixteen_bits(dtype: torch.dtype) -> None:
+    features, image = 40 * torch.ones(2, 5, 6, 6).cumsum(2), torch.rand(2, 3, 6, 6)
+    decision = selector(5).to(dtype).decide(features.to(dtype), ForwardRecord(2, image=image.to(dtype)))
+    assert decision.bits.tolist() == [8.0] * 2
+
+
 def test_initial_probabilities_to_the_last_digit() -> None:
     decision = selector(2).decide(torch.zeros(1, 2, 2, 2), ForwardRecord(1, image=torch.zeros(1, 3, 2, 2)))
     close(decision.probabilities, [0.2119416, 0.2119416, 0.5761169])
