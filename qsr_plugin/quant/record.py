@@ -7,7 +7,7 @@ name, so running a block twice (activation checkpointing) does not count twice, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -89,14 +89,9 @@ def float_mode_on() -> bool:
     return _FLOAT.get()
 
 
-@contextmanager
-def float_mode() -> Iterator[None]:
+def float_mode() -> AbstractContextManager[None]:
     """Run quantized networks as their float originals inside the ``with`` block."""
-    token = _FLOAT.set(True)
-    try:
-        yield
-    finally:
-        _FLOAT.reset(token)
+    return _switched_on(_FLOAT)
 
 
 def fitting_on() -> bool:
@@ -104,14 +99,18 @@ def fitting_on() -> bool:
     return _FITTING.get()
 
 
-@contextmanager
-def fitting() -> Iterator[None]:
+def fitting() -> AbstractContextManager[None]:
     """Inside the ``with`` block every quantizer fits its range before it quantizes, one after the other."""
-    token = _FITTING.set(True)
+    return _switched_on(_FITTING)
+
+
+@contextmanager
+def _switched_on(switch: ContextVar[bool]) -> Iterator[None]:
+    token = switch.set(True)
     try:
         yield
     finally:
-        _FITTING.reset(token)
+        switch.reset(token)
 
 
 @contextmanager

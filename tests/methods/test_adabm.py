@@ -14,6 +14,7 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.record import ForwardRecord, fitting
 from qsr_plugin.quant.surgery import policies, quantize_model, quantizers
+from tests.methods.asymmetric_examples import EXAMPLES, NAMES
 
 compat.import_host()
 
@@ -54,23 +55,13 @@ IMAGES = torch.stack([image(1, 1, 0, 0, 97), image(3, 5, 1, 2, 251), image(11, 7
 COMPLEXITIES = [3.56209, 19.80159, 39.96477, 73.41377]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "bits", "x", "values", "dx", "dl", "du", "db"),
-    [
-        (
-            -0.6, 1.2, 2.0,
-            [-1.2, -0.5, 0.03, 0.5, 1.0, 2.4], [-0.6, -0.6, 0.0, 0.6, 1.2, 1.2],
-            [0.0, 1.0, 1.0, 1.0, 1.0, 0.0], 0.905556, 1.094444, -0.157113,
-        ),
-        (
-            -0.25, 1.5, 4.0,
-            [-0.5, 0.1, 0.73, 1.9], [-0.25, 0.1, 0.683333, 1.5],
-            [0.0, 1.0, 1.0, 0.0], 1.026667, 0.973333, 0.034503,
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(NAMES, EXAMPLES)
 def test_activations_of_one_image_with_its_own_bits(low, high, bits, x, values, dx, dl, du, db) -> None:
-    q, x, width = bounded(low, high), torch.tensor([x], requires_grad=True), torch.tensor([bits], requires_grad=True)
+    q, x, width = (
+        bounded(low, high),
+        torch.tensor([x], requires_grad=True),
+        torch.tensor([float(bits)], requires_grad=True),
+    )
     out = q(x, width)
     close(out, values)
     for got, want in zip(torch.autograd.grad(out.sum(), (x, q.lower, q.upper, width)), (dx, dl, du, db)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer, SymmetricQuantizer
+from tests.methods.asymmetric_examples import EXAMPLES, NAMES
 
 WEIGHT = torch.tensor([0.05, -0.1, 0.2, 0.3, -0.35, 0.9, -1.1, 0.12])
 
@@ -36,21 +37,7 @@ def calibrated(q: SymmetricQuantizer, weight: Tensor) -> SymmetricQuantizer:
     return q
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "bits", "x", "values", "dx", "dl", "du", "db"),
-    [
-        (
-            -0.6, 1.2, 2,
-            [-1.2, -0.5, 0.03, 0.5, 1.0, 2.4], [-0.6, -0.6, 0.0, 0.6, 1.2, 1.2],
-            [0, 1, 1, 1, 1, 0], 0.905556, 1.094444, -0.157113,
-        ),
-        (
-            -0.25, 1.5, 4,
-            [-0.5, 0.1, 0.73, 1.9], [-0.25, 0.1, 0.683333, 1.5],
-            [0, 1, 1, 0], 1.026667, 0.973333, 0.034503,
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(NAMES, EXAMPLES)
 def test_activations_with_the_gradient_of_the_bits(low, high, bits, x, values, dx, dl, du, db) -> None:
     q = asymmetric(low, high, bits)
     x, width = torch.tensor(x, requires_grad=True), torch.tensor(float(bits), requires_grad=True)
