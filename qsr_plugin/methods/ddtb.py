@@ -76,12 +76,14 @@ def quantize_between(
         clip: False where nothing lies beyond the bounds: every element then has gradient one.
     """
     steps, shift, codes = _grid(lower, upper, bits, clamp_codes)
-    span, ends = upper - lower, []
-    for code, bound in zip(codes, (lower, upper)):
-        with torch.no_grad():  # how far the level lies beyond its bound, in spans; the rounding counts as constant
-            beyond = (code - shift) / steps - bound / span
-        ends.append(bound + beyond * (span - span.detach()))  # value of the bound, gradient of the level
-    return fake_quantize(x, span, steps, codes, bounds=tuple(ends) if clip else None, shift=shift, ties="split")
+    span, ends = upper - lower, (lower, upper)
+    if clip and span.requires_grad:
+        with torch.no_grad():  # how far the outermost levels lie beyond, in spans; the rounding is constant
+            beyond = [(code - shift) / steps - bound / span for code, bound in zip(codes, ends)]
+            still = span.detach()
+        change = span - still  # zero: the ends have the values of the bounds and the gradients of the levels
+        ends = tuple(bound + part * change for bound, part in zip(ends, beyond))
+    return fake_quantize(x, span, steps, codes, bounds=ends if clip else None, shift=shift, ties="split")
 
 
 def _qparams(lower: Tensor, upper: Tensor, bits: int, clamp_codes: bool) -> QParams:

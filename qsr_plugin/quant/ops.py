@@ -23,6 +23,8 @@ Ties = Literal["inside", "split", "outside"]
 #: A range never gets narrower than this; keeps dead sites finite (all-zero features, zero weights).
 TINY_RANGE = 1e-12
 
+_FAR = torch.tensor(math.inf)
+
 
 def int_limits(bits: int | Tensor, *, signed: bool = True, narrow: bool = False) -> Limits:
     """Smallest and largest integer code of a bit width.
@@ -165,7 +167,7 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """One pass out of place, the rest in place; the backward works on signs, which vectorise where masks do not."""
+    """Few passes, most of them in place; masks are avoided, because they do not vectorise."""
 
     @staticmethod
     def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness):  # noqa: D102
@@ -197,27 +199,24 @@ class _FakeQuantize(torch.autograd.Function):
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
         wide = grad.to(ctx.wide)
-        inside, side, outside = wide, None, None
+        inside, above, below = wide, None, None
         if upper is not None:
-            side = _sides(x, lower, upper, ctx.ties)
-            outside = side.abs()
-            inside = torch.addcmul(wide, wide, outside, value=-1.0)
+            inside, above, below = _divide(wide, x, lower, upper, ctx.ties, sums=need_lower or need_upper)
+        grad_span = grad_steps = None
+        if need_span:
+            grad_span = _reduce(inside, error, span)
+        if need_steps:
+            grad_steps = -_reduce(inside, error, steps) / steps
         through = inside
         if ctx.steepness:
             through = _through_staircase(inside, error, span / ctx.steps, ctx.steepness)
-        grad_span = grad_steps = grad_lower = grad_upper = None
+            if need_span:
+                turned = torch.sub(inside, through, out=inside if upper is not None else None)
+                grad_span = grad_span + _reduce(turned, x, span)
         if need_span:
-            moved = _reduce(inside, error, span)
-            if ctx.steepness:
-                moved = moved + _reduce(inside - through, x, span)
-            grad_span = moved / span
-        if need_steps:
-            grad_steps = -_reduce(inside, error, steps) / steps
-        if need_lower or need_upper:
-            sided, total = _reduce(wide, side, upper), _reduce(wide, outside, upper)
-            grad_upper, grad_lower = (total + sided) * 0.5, (total - sided) * 0.5
+            grad_span = grad_span / span
         grad_x = through.to(grad.dtype) if need_x else None
-        return grad_x, grad_span, grad_steps, grad_lower, grad_upper, None, None, None, None, None
+        return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None
 
 
 def _through_staircase(grad: Tensor, error: Tensor, step: Tensor, steepness: float) -> Tensor:
@@ -228,7 +227,49 @@ def _through_staircase(grad: Tensor, error: Tensor, step: Tensor, steepness: flo
     """
     scale = 2.0 * steepness / math.tanh(steepness / 2.0)
     level = error.abs().mul_(2.0 * steepness / step).sub_(steepness).sigmoid_()
-    return torch.ops.aten.sigmoid_backward(grad, level).mul_(scale)
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, level, grad_input=level).mul_(scale)
+
+
+def _divide(
+    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, *, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A gradient where ``x`` is inside of its bounds (0 elsewhere), and its sums above and below them.
+
+    Without ``sums`` the last two are ``None``. A bound that is one number can be read from the CPU's memory at no cost;
+    then the backward passes of clamp and threshold do at once what takes six passes over signs.
+    """
+    if lower.numel() == upper.numel() == 1 and _reads_are_free(x):
+        return _divide_by_numbers(grad, x, lower, upper, ties, sums)
+    side = _sides(x, lower, upper, ties)
+    outside = side.abs()
+    inside = torch.addcmul(grad, grad, outside, value=-1.0)
+    if not sums:
+        return inside, None, None
+    sided, total = _reduce(grad, side, upper), _reduce(grad, outside, upper)
+    return inside, (total + sided) * 0.5, (total - sided) * 0.5
+
+
+def _reads_are_free(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _divide_by_numbers(
+    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    low, high = lower.item(), upper.item()
+    inside = None
+    if ties != "inside":
+        inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # a value on a bound counts as outside
+    if ties != "outside":
+        wider = (torch.nextafter(bound.to(x.dtype), end).item() for bound, end in ((lower, -_FAR), (upper, _FAR)))
+        with_bounds = torch.ops.aten.hardtanh_backward(grad, x, *wider)
+        inside = with_bounds if inside is None else inside.lerp_(with_bounds, 0.5)
+    if not sums:
+        return inside, None, None
+    outside = torch.sub(grad, inside)
+    total = outside.sum()
+    above = torch.ops.aten.threshold_backward.grad_input(outside, x, (low + high) / 2, grad_input=outside).sum()
+    return inside, above.view(upper.shape), (total - above).view(lower.shape)
 
 
 def _sides(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:

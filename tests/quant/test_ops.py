@@ -135,6 +135,27 @@ def test_gradients_of_the_bounds_stay_exact_when_the_range_is_tiny_beside_the_da
     assert dl.item() == upstream[x < lower].sum().item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steepness", [0.0, 1.0])
+@pytest.mark.parametrize("ties", ["inside", "split", "outside"])
+@given(st.lists(st.sampled_from([-2.0, -1.25, -0.3, 0.0, 0.4, 0.7, 0.70000005, 0.69999995, 3.0]), min_size=1), values)
+def test_bounds_of_one_number_and_bounds_of_every_element_agree(
+    ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]
+) -> None:
+    """The first have gradients of their own; elements lie on the bounds and one rounding error beside them."""
+    x = torch.tensor(numbers + more, dtype=dtype, requires_grad=True)
+    upstream = torch.arange(1.0, x.numel() + 1, dtype=dtype)
+    found = []
+    for shape in ((), x.shape):
+        lower = torch.full(shape, -1.25, dtype=dtype, requires_grad=True)
+        upper = torch.full(shape, 0.7, dtype=dtype, requires_grad=True)
+        y = fake_quantize(x, upper - lower, 7.0, (-4.0, 3.0), bounds=(lower, upper), ties=ties, steepness=steepness)
+        dx, *of_bounds = gradients(y, upstream, x, lower, upper)
+        found.append((y, dx, *(grad.sum() for grad in of_bounds)))
+    for one, every in zip(*found):
+        assert torch.allclose(one, every, rtol=1e-5, atol=1e-4)
+
+
 def test_without_bounds_nothing_is_clipped() -> None:
     x = torch.tensor([5.0, -5.2], requires_grad=True)
     for limits, want in ((None, [5.0, -36 / 7]), ((-7.0, 7.0), [1.0, -1.0])):  # limited codes pass the gradient as well

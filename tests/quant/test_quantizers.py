@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qsr_plugin.quant import ops
 from qsr_plugin.quant.quantizer import (
     QUANTIZERS,
     NotCalibratedError,
@@ -197,9 +199,21 @@ def test_a_batch_equals_its_images_one_by_one(name: str, role: str, layout: str)
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails where a value is copied to the host: ``.item()``, ``bool(tensor)``, data-dependent shapes."""
+    """Fails where a value is copied to the host: ``.item()``, ``bool(tensor)``, data-dependent shapes.
+
+    What the arithmetic does on a CPU alone, where such copies are free, is replaced by what it does on a device.
+    """
 
     FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
+
+    def __enter__(self):
+        self.as_on_a_device = mock.patch.object(ops, "_reads_are_free", lambda x: False)
+        self.as_on_a_device.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.as_on_a_device.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not str(func).startswith(self.FORBIDDEN), f"{func} waits for the device"
