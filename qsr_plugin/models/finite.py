@@ -29,11 +29,9 @@ def refuse_non_finite(
         FloatingPointError: If one is NaN or infinite, naming the image, parameter or module where it starts.
     """
     bad = [f"loss {name}" for name, value in losses.items() if not math.isfinite(value)]
-    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
-    if not bad and not bool(torch.isfinite(norms).all()):
-        first = next(name for name, norm in zip(gradients, norms) if not bool(torch.isfinite(norm)))
-        bad = [f"the gradient of {first}"]
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    if not bad and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        bad = [f"the gradient of {_first_gradient(net)}"]
     if bad:
         normed = any(isinstance(module, _BatchNorm) and module.training for module in net.modules())
         hint = " In the recipe's stages, freeze_batch_norm: true helps where few bits leave channels empty."
@@ -42,6 +40,11 @@ def refuse_non_finite(
             "No weight was changed by this step, earlier checkpoints are kept. Lower the learning rates, add "
             f"warmup_iter, or check the data.{hint if normed else ''}"
         )
+
+
+def _first_gradient(net: nn.Module) -> str:
+    gradients = ((name, p.grad) for name, p in net.named_parameters() if p.grad is not None)
+    return next(name for name, grad in gradients if not bool(torch.linalg.vector_norm(grad).isfinite()))
 
 
 def first_non_finite(net: nn.Module, lq: Tensor, gt: Tensor, paths: Sequence[str]) -> str:

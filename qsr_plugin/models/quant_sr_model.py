@@ -104,9 +104,14 @@ class QuantSRModel(Loading, Teaching, RunState, Validation, SRModel):
         self._enter_stage(0)
 
     def setup_optimizers(self) -> None:
-        """One optimiser, with a parameter group for each learning group that has parameters and is ever trained."""
+        """One optimiser, with a parameter group for each learning group that has parameters and is ever trained.
+
+        Adam updates all parameters in one call (``fused``) unless ``train.optim_g`` says otherwise.
+        """
         options = self.opt["train"]["optim_g"]
         kind = options.pop("type")
+        if kind == "Adam" and "foreach" not in options:
+            options.setdefault("fused", True)  # quantizers add a hundred parameters of one number each
         used = {group for stage in self.recipe.stages for group in stage.train}
         groups = [
             {"params": parameters, "lr": self.schedule.learning_rate(0, name), "name": name}

@@ -133,7 +133,8 @@ class _Run:
         used = {group for stage in recipe.stages for group in stage.train}
         groups = parameter_groups(net).items()
         self._optimizer = torch.optim.Adam(
-            [{"params": parameters, "name": name} for name, parameters in groups if parameters and name in used]
+            [{"params": parameters, "name": name} for name, parameters in groups if parameters and name in used],
+            fused=True,
         )
         self.seconds: dict[str, float] = {}
 

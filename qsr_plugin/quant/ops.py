@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -22,8 +23,6 @@ Ties = Literal["inside", "split", "outside"]
 
 #: A range never gets narrower than this; keeps dead sites finite (all-zero features, zero weights).
 TINY_RANGE = 1e-12
-
-_FAR = torch.tensor(math.inf)
 
 
 def int_limits(bits: int | Tensor, *, signed: bool = True, narrow: bool = False) -> Limits:
@@ -199,9 +198,9 @@ class _FakeQuantize(torch.autograd.Function):
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
         wide = grad.to(ctx.wide)
-        inside, above, below = wide, None, None
+        inside, below, above = wide, None, None
         if upper is not None:
-            inside, above, below = _divide(wide, x, lower, upper, ctx.ties, sums=need_lower or need_upper)
+            inside, below, above = _divide(wide, x, lower, upper, ctx.ties, need_lower, need_upper)
         grad_span = grad_steps = None
         if need_span:
             grad_span = _reduce(inside, error, span)
@@ -212,9 +211,9 @@ class _FakeQuantize(torch.autograd.Function):
             through = _through_staircase(inside, error, span / ctx.steps, ctx.steepness)
             if need_span:
                 turned = torch.sub(inside, through, out=inside if upper is not None else None)
-                grad_span = grad_span + _reduce(turned, x, span)
+                grad_span += _reduce(turned, x, span)
         if need_span:
-            grad_span = grad_span / span
+            grad_span /= span
         grad_x = through.to(grad.dtype) if need_x else None
         return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None
 
@@ -231,22 +230,22 @@ def _through_staircase(grad: Tensor, error: Tensor, step: Tensor, steepness: flo
 
 
 def _divide(
-    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, *, sums: bool
+    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, need_lower: bool, need_upper: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A gradient where ``x`` is inside of its bounds (0 elsewhere), and its sums above and below them.
+    """A gradient where ``x`` is inside of its bounds (0 elsewhere), and its sums below and above them, where needed.
 
-    Without ``sums`` the last two are ``None``. A bound that is one number can be read from the CPU's memory at no cost;
-    then the backward passes of clamp and threshold do at once what takes six passes over signs.
+    A bound that is one number can be read from the CPU's memory at no cost; then the backward passes of clamp and
+    threshold do at once what takes six passes over signs.
     """
     if lower.numel() == upper.numel() == 1 and _reads_are_free(x):
-        return _divide_by_numbers(grad, x, lower, upper, ties, sums)
+        return _divide_by_numbers(grad, x, lower, upper, ties, need_lower, need_upper)
     side = _sides(x, lower, upper, ties)
     outside = side.abs()
     inside = torch.addcmul(grad, grad, outside, value=-1.0)
-    if not sums:
+    if not (need_lower or need_upper):
         return inside, None, None
     sided, total = _reduce(grad, side, upper), _reduce(grad, outside, upper)
-    return inside, (total + sided) * 0.5, (total - sided) * 0.5
+    return inside, (total - sided) * 0.5, (total + sided) * 0.5
 
 
 def _reads_are_free(x: Tensor) -> bool:
@@ -254,22 +253,25 @@ def _reads_are_free(x: Tensor) -> bool:
 
 
 def _divide_by_numbers(
-    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, sums: bool
+    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, need_lower: bool, need_upper: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     low, high = lower.item(), upper.item()
-    inside = None
+    inside = with_bounds = None
     if ties != "inside":
         inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # a value on a bound counts as outside
     if ties != "outside":
-        wider = (torch.nextafter(bound.to(x.dtype), end).item() for bound, end in ((lower, -_FAR), (upper, _FAR)))
-        with_bounds = torch.ops.aten.hardtanh_backward(grad, x, *wider)
+        real = np.float32 if x.dtype == torch.float32 else np.float64
+        ends = np.nextafter(real(low), real(-np.inf)), np.nextafter(real(high), real(np.inf))
+        with_bounds = torch.ops.aten.hardtanh_backward(grad, x, *map(float, ends))
         inside = with_bounds if inside is None else inside.lerp_(with_bounds, 0.5)
-    if not sums:
+    if not (need_lower or need_upper):
         return inside, None, None
-    outside = torch.sub(grad, inside)
+    if ties == "inside" and not need_lower:
+        return inside, None, _shaped(torch.ops.aten.threshold_backward(grad, x, high).sum(), upper)
+    outside = torch.sub(grad, inside, out=with_bounds if ties == "split" else None)
     total = outside.sum()
     above = torch.ops.aten.threshold_backward.grad_input(outside, x, (low + high) / 2, grad_input=outside).sum()
-    return inside, above.view(upper.shape), (total - above).view(lower.shape)
+    return inside, _shaped(total - above, lower), _shaped(above, upper)
 
 
 def _sides(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:
@@ -288,5 +290,9 @@ def _sides(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:
 def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum of products over every axis along which ``like`` broadcasts; one pass where ``like`` is a scalar."""
     if like.numel() == 1 and a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
+        return _shaped(torch.dot(a.view(-1), b.view(-1)), like)
     return (a * b).sum_to_size(like.shape)
+
+
+def _shaped(total: Tensor, like: Tensor) -> Tensor:
+    return total.view(like.shape) if like.dim() else total

@@ -73,7 +73,7 @@ class StepQuantizer(SignedByData):
         step, bits = self.select(self.step, bits, x)
         qmin, qmax = int_limits(bits, signed=self._signed)
         step = grad_scale(step, (count * qmax) ** -0.5)
-        ends = (qmin * step, qmax * step)
+        ends = (qmin * (step if self._signed else step.detach()), qmax * step)
         return fake_quantize(x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness)
 
     def make_observer(self) -> Observer:

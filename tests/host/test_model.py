@@ -75,6 +75,13 @@ def test_float_weights_ranges_and_groups(data: Path, tmp_path: Path, float_file:
     assert len(groups["ranges"]) == 6 and not groups["others"]
 
 
+@pytest.mark.parametrize(("options", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, None)])
+def test_adam_is_fused_unless_told_otherwise(data: Path, tmp_path: Path, options: dict, fused: bool | None) -> None:
+    model = model_of(data, tmp_path, train={"optim_g": options})
+    assert {group["fused"] for group in model.optimizer_g.param_groups} == {fused}
+    step(model, 1)
+
+
 def test_frozen_groups_do_not_move_and_stages_change(data: Path, tmp_path: Path) -> None:
     stages = [
         {"train": ["ranges"], "iters": 2, "lr": {"ranges": 1e-2}},
