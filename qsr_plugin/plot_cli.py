@@ -15,6 +15,8 @@ app = typer.Typer(help="Draw the bits a network chooses, and quality over cost."
 console = Console()
 
 Out = Annotated[list[Path], typer.Option("-o", "--out", help="Picture, .png or .svg; may be repeated.")]
+#: How ``bits`` cuts the image where nothing is said: option to key and value.
+_CUT = {"--patch": ("size", 96), "--overlap": ("overlap", 6), "--last": ("last", "enlarge"), "--batch": ("batch", 16)}
 
 
 @app.command()
@@ -22,10 +24,18 @@ def bits(
     image: Annotated[Path, typer.Argument(help="Low-resolution image that the network enlarges.")],
     model: Annotated[list[Path], typer.Option(help="Quantized .safetensors; may be repeated to compare.")],
     out: Out,
-    patch: Annotated[int, typer.Option(help="Side of a patch in pixels of the image.")] = 96,
-    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring patches share.")] = 6,
-    last: Annotated[str, typer.Option(help="Last patch of a row: enlarge it, or shift it back.")] = "enlarge",
-    batch: Annotated[int, typer.Option(help="Patches of equal size that run together.")] = 16,
+    patch: Annotated[
+        Optional[int], typer.Option(help="Side of a patch in pixels of the image.", show_default="96")
+    ] = None,
+    overlap: Annotated[
+        Optional[int], typer.Option(help="Pixels that neighbouring patches share.", show_default="6")
+    ] = None,
+    last: Annotated[
+        Optional[str], typer.Option(help="Last patch of a row: enlarge it, or shift it back.", show_default="enlarge")
+    ] = None,
+    batch: Annotated[
+        Optional[int], typer.Option(help="Patches of equal size that run together.", show_default="16")
+    ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Run the whole image as one patch.")] = False,
     data: Annotated[Optional[Path], typer.Option(help="Write the numbers as JSON.")] = None,
 ) -> None:
@@ -34,20 +44,26 @@ def bits(
     from qsr_plugin import load_quantized
     from qsr_plugin.data.images import read_rgb, to_tensor, to_uint8
     from qsr_plugin.options_file import scale_of
-    from qsr_plugin.report.bit_maps import observe_bits, patch_gradients
+    from qsr_plugin.report.bit_maps import labels_of, observe_bits, patch_gradients
     from qsr_plugin.report.bit_plots import save_bits
     from qsr_plugin.report.plots import check_ending
     from qsr_plugin.report.tables import write_json
 
+    asked = {"--patch": patch, "--overlap": overlap, "--last": last, "--batch": batch}
+    given = ", ".join(option for option, value in asked.items() if value is not None)
+    if whole and given:
+        raise typer.BadParameter(f"--whole is one patch, but {given} says how to cut: leave out --whole, or {given}")
     for path in out:
         check_ending(path)
     pixels = read_rgb(image)
     lr = to_tensor(pixels).unsqueeze(0)
-    cut = {} if whole else {"size": patch, "overlap": overlap, "last": last, "batch": batch}
+    cut = {}
+    if not whole:
+        cut = {key: usual if asked[option] is None else asked[option] for option, (key, usual) in _CUT.items()}
     maps, gradients = [], []
-    for path in model:
+    for path, label in zip(model, labels_of(model)):
         net = load_quantized(path)
-        maps.append(observe_bits(net, lr, scale_of(net.backbone_options), path.stem, **cut))
+        maps.append(observe_bits(net, lr, scale_of(net.backbone_options), label, **cut))
         gradients.append(patch_gradients(lr, maps[-1].patches))
     for path in out:
         save_bits(path, to_uint8(pixels), maps)
@@ -90,9 +106,11 @@ def tradeoff(
     ],
     out: Out,
     x: Annotated[str, typer.Option("--x", help="What it costs: fab, bitops or size.")] = "fab",
-    test: Annotated[Optional[str], typer.Option("--set", help="Test set. [default: the first all files have]")] = None,
+    test: Annotated[
+        Optional[str], typer.Option("--set", help="Test set.", show_default="the first all files have")
+    ] = None,
     front: Annotated[bool, typer.Option("--front", help="Draw the Pareto front.")] = False,
-    title: Annotated[Optional[str], typer.Option(help="Above the plot. [default: the test set]")] = None,
+    title: Annotated[Optional[str], typer.Option(help="Above the plot.", show_default="the test set")] = None,
 ) -> None:
     """Draw PSNR over what it costs. Networks whose labels differ in the last word only are joined by a line."""
     from qsr_plugin.errors import suggest

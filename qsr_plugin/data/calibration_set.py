@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsr_plugin.data.images import list_images, read_rgb, to_tensor, to_uint8
 from qsr_plugin.data.resize import downscale
-from qsr_plugin.quant.calibrate import image_batches
+from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.schema import Calibration
 
 
@@ -60,7 +60,7 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
 def crops_from_folder(
     folder: Union[str, Path], *, images: int, batch: int, scale: int = 1, side: int = 96, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Random crops of a folder's images in batches, as post-training methods calibrate on.
+    """Random crops of a folder's images in batches, as post-training methods calibrate on; neither flipped nor turned.
 
     Files are read one at a time. Where a side is shorter than a crop, all of it is used; only crops of equal
     size share a batch.
@@ -73,28 +73,25 @@ def crops_from_folder(
         side: Side of a crop in LR pixels.
         seed: Seed of the draw of files and places.
 
-    Yields:
-        ``(N, 3, h, w)`` tensors, RGB in [0, 1].
+    Returns:
+        ``(N, 3, h, w)`` tensors, RGB in [0, 1], made as they are asked for.
 
     Raises:
         ValueError: For an empty folder or an unreadable image.
     """
-    paths, rng = list_images(folder), random.Random(seed)
-    chosen = rng.sample(paths, min(images, len(paths)))
-    pending: dict[tuple[int, int], list[Tensor]] = {}
-    for path in chosen:
+    return joined(_crops(folder, images, scale, side, random.Random(seed)), batch)
+
+
+def _crops(folder: Union[str, Path], images: int, scale: int, side: int, rng: random.Random) -> Iterator[Tensor]:
+    paths = list_images(folder)
+    for path in rng.sample(paths, min(images, len(paths))):
         image = read_rgb(path)
         if scale > 1:
             height, width = (length - length % scale for length in image.shape[:2])
             image = downscale(to_uint8(image[:height, :width]), scale)
         height, width = (min(side, length) for length in image.shape[:2])
         top, left = rng.randint(0, image.shape[0] - height), rng.randint(0, image.shape[1] - width)
-        group = pending.setdefault((height, width), [])
-        group.append(to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width])))
-        if len(group) == batch:
-            yield torch.stack(pending.pop((height, width)))
-    for group in pending.values():
-        yield torch.stack(group)
+        yield to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width])).unsqueeze(0)
 
 
 def _limited(batches: Iterator[Tensor], images: int) -> Iterator[Tensor]:

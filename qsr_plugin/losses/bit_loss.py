@@ -7,6 +7,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
 
 from qsr_plugin.losses.context import StepContext, StepLoss
+from qsr_plugin.quant.reduce import mean_over_ranks
 
 
 @LOSS_REGISTRY.register()
@@ -14,7 +15,8 @@ class BitLoss(StepLoss):
     """``loss_weight * max(b - target_bits, 0)`` with ``b`` the mean bit width of a batch.
 
     The mean runs over the places whose bits a policy chooses, then over the images; places of fixed bits do not count.
-    Without such places the loss is 0.
+    Without such places the loss is 0. The images are those of all processes of a distributed run, which so equals one
+    process on the joint batch.
 
     Args:
         target_bits: Bit width above which bits cost; that of the bit policy if not given. A recipe refuses one below
@@ -38,5 +40,8 @@ class BitLoss(StepLoss):
             return step.output.new_zeros(())
         if target is None:
             raise RuntimeError("BitLoss: the bit policy of this network has no target: give the loss target_bits")
-        excess = torch.stack(chosen).mean() - target
+        bits = torch.stack(chosen)
+        own = bits.sum()  # a sum of whole numbers is exact, so that a joint mean at the target is found there
+        joint = own + (mean_over_ranks(own.detach()) - own.detach())
+        excess = joint / bits.numel() - target
         return self.loss_weight * torch.maximum(excess, torch.zeros_like(excess))  # at the target, half of the slope

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qsr_plugin.losses.context import StepContext, StepLoss
+from qsr_plugin.quant.reduce import sum_over_ranks, world_size
+
+#: Least squared norm that features are divided by.
+LEAST_SQUARE = 1e-24
 
 
 def energy_map(features: Tensor) -> Tensor:
@@ -96,7 +100,8 @@ class BlockFeatureLoss(StepLoss):
     """Distance of the features of student and teacher behind each residual block.
 
     The features of a block are divided by their Euclidean norm over the whole batch. The loss is, with a distance over
-    one image and the sum over N images and B blocks, ``loss_weight * (1 / N) * (1 / (N B)) * sum |F_q - F|_2``.
+    one image and the sum over N images and B blocks, ``loss_weight * (1 / N) * (1 / (N B)) * sum |F_q - F|_2``. The
+    batch is that of all processes of a distributed run, each with the same number of images.
 
     Args:
         loss_weight: Factor. The published 10 goes with an L1 loss on pixels in 0..255; with pixels in 0..1 the same
@@ -116,16 +121,40 @@ class BlockFeatureLoss(StepLoss):
         return self.compare(step.record.tapped(name), step.teacher_record.tapped(name))
 
     def compare(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The weighted loss between the ``(N, C, H, W)`` features of B blocks; no gradient reaches the teacher's."""
-        distances = torch.stack([_distances(one, other.detach()) for one, other in zip(student, teacher)])
-        return self.loss_weight * distances.mean() / distances.shape[1]
+        """The weighted loss between the ``(N, C, H, W)`` features of B blocks; no gradient reaches the teacher's.
+
+        Mean over processes of what it returns, and of its gradients, is the loss of the joint batch and its gradient.
+        """
+        teacher = [features.detach() for features in teacher]
+        scales = _joint_norms(student, teacher)
+        gaps = [one / a - other / b for one, other, a, b in zip(student, teacher, *scales)]
+        distances = torch.stack([torch.linalg.vector_norm(gap.flatten(1), dim=1) for gap in gaps])
+        total = distances.sum()
+        if world_size() > 1:
+            total = total + _pull_of_others(student, scales[0], gaps, distances)
+        return self.loss_weight * total / distances.numel() / (distances.shape[1] * world_size())
 
 
-def _distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """``(N,)`` distances of two feature tensors, each of unit length over the batch."""
-    axes = tuple(range(1, student.dim()))
-    return torch.linalg.vector_norm(_unit(student) - _unit(teacher), dim=axes)
+def _joint_norms(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """``(2, B)`` Euclidean norms over the joint batch, with the gradient of this process's elements."""
+    own = torch.stack([torch.linalg.vector_norm(features) for features in (*student, *teacher)]).view(2, -1)
+    squares = own.detach().square()
+    others = (sum_over_ranks(squares) - squares).clamp_min(LEAST_SQUARE)
+    return torch.hypot(own, others.sqrt())
 
 
-def _unit(features: Tensor) -> Tensor:
-    return features / torch.linalg.vector_norm(features).clamp_min(1e-12)
+def _pull_of_others(student: list[Tensor], scales: Tensor, gaps: list[Tensor], distances: Tensor) -> Tensor:
+    """A zero with the gradient that the distances of all other processes have through the student's joint norms.
+
+    Args:
+        student: Features of B blocks, ``(N, C, H, W)``.
+        scales: ``(B,)`` joint norms of them.
+        gaps: Their differences from the teacher's at unit length.
+        distances: ``(B, N)`` norms of the gaps.
+    """
+    with torch.no_grad():
+        products = torch.stack([(gap * one).flatten(1).sum(1) for gap, one in zip(gaps, student)])
+        # What all distances of a block change by, per relative change of its norm.
+        own = -(products / distances.clamp_min(LEAST_SQUARE**0.5)).sum(1) / scales
+        slopes = sum_over_ranks(own) - own
+    return (slopes * (scales / scales.detach() - 1)).sum()

@@ -26,6 +26,8 @@ CLIP_CANDIDATES = 100
 #: Least distance of the image thresholds, below which the slope of the image term would explode.
 LEAST_GAP = 1e-3
 _PLACEHOLDER = 128.0  # of the image thresholds before a calibration
+#: Images whose complexities are compared at once, the published batch; smaller batches are joined.
+COMPARED = 16
 
 
 @register_quantizer("bit_aware")
@@ -67,14 +69,17 @@ class AdaBMOptions(StrictOptions):
 class ImageBits(NetworkPolicy):
     """The term of the image: two trainable thresholds on its complexity, which all places share."""
 
+    needs_calibration = True
+
     def __init__(
         self, options: AdaBMOptions, candidates: tuple[int, ...], places: tuple[str, ...], channels: tuple[int, ...]
     ) -> None:
         super().__init__(options, candidates, places, channels)
         self.target_bits = float(_base_of(candidates))
         self.lower = nn.Parameter(torch.tensor(_PLACEHOLDER))
-        self.upper = nn.Parameter(torch.tensor(_PLACEHOLDER))
+        self.upper = nn.Parameter(torch.tensor(_PLACEHOLDER + LEAST_GAP))
         self._observer: Observer | None = None
+        self._waiting: list[Tensor] = []
 
     def term(self, record: ForwardRecord) -> Tensor:
         """-1, 0 or +1 for each image of a forward, ``(N,)``, with the gradient of the soft term."""
@@ -88,28 +93,38 @@ class ImageBits(NetworkPolicy):
         Args:
             c: ``(N,)`` complexities, 0 or more.
         """
-        soft = torch.tanh((c - (self.upper + self.lower) / 2) * 2 / (self.upper - self.lower))
-        hard = (c > self.upper).to(c.dtype) - (c < self.lower).to(c.dtype)
+        lower, upper = self.lower.to(c.dtype), self.upper.to(c.dtype)
+        soft = torch.tanh((c - (upper + lower) / 2) * 2 / (upper - lower))
+        hard = (c > upper).to(c.dtype) - (c < lower).to(c.dtype)
         return hard + (soft - soft.detach())
 
     def begin_calibration(self) -> None:
         """Start to collect percentiles."""
         share = self.options.p_image / 100
         self._observer = Observer(lambda c: quantiles(c, share, 1 - share), self.options.momentum)
+        self._waiting = []
 
     def observe(self, x: Tensor) -> None:
-        """Take a batch of images ``(N, 3, H, W)``, RGB in 0..1, into account."""
+        """Take images ``(N, 3, H, W)``, RGB in 0..1, into account; a batch of few waits for the next ones."""
         if self._observer is not None:
-            self._observer.update(complexity(x))
+            self._waiting.append(complexity(x))
+            if sum(map(len, self._waiting)) >= COMPARED:
+                self._compare()
+
+    def _compare(self) -> None:
+        self._observer.update(torch.cat(self._waiting))
+        self._waiting = []
 
     def end_calibration(self, *, keep: bool = True) -> None:
         """Set the thresholds, or forget what was seen."""
-        observer, self._observer = self._observer, None
-        if observer is not None and keep:
+        if self._observer is not None and keep:
+            if self._waiting:
+                self._compare()
             with torch.no_grad():
-                for threshold, value in zip((self.lower, self.upper), observer.range()):
+                for threshold, value in zip((self.lower, self.upper), self._observer.range()):
                     threshold.copy_(value)
             self.project()
+        self._observer, self._waiting = None, []
 
     def settle(self, policies: Mapping[str, BitPolicy]) -> None:
         """Set the terms of all places from how their sensitivities compare."""
@@ -126,9 +141,10 @@ class ImageBits(NetworkPolicy):
         return [self.lower, self.upper]
 
     def project(self) -> None:
-        """Keep the upper threshold above the lower one."""
+        """Keep the upper threshold above the lower one, as far as their type resolves."""
         with torch.no_grad():
-            self.upper.copy_(torch.maximum(self.upper, self.lower + LEAST_GAP))
+            gap = LEAST_GAP + 2 * torch.finfo(self.lower.dtype).eps * self.lower.abs()
+            self.upper.copy_(torch.maximum(self.upper, self.lower + gap))
 
 
 @register_policy("adabm")

@@ -150,6 +150,7 @@ class SharedGranularity(NetworkPolicy):
     """
 
     taps = (HEAD,)
+    needs_calibration = True
     adapts = True
 
     def __init__(

@@ -129,7 +129,7 @@ class SymmetricQuantizer(_BoundedQuantizer):
             high = weight.detach().float().abs().amax() if options.observer == "minmax" else values.amax()
         if not bool(high > 0):  # no positive weight: the signed reference says nothing
             high = weight.detach().float().abs().amax()
-        if options.observer == "omse":
+        if options.observer == "omse":  # at the place's own bits; AdaBM's release uses one width for all places
             return omse(weight, -high, high, max(self.candidates), WEIGHT_CANDIDATES)
         return -high, high
 

@@ -67,6 +67,8 @@ class Loading:
             return
         if path.get("pretrain_network_quantized"):
             adopt(self.net, path["pretrain_network_quantized"])
+            if getattr(getattr(self.net, "bit_policy", None), "needs_calibration", False):
+                calibrate(self.net, calibration_batches(self.opt, self.recipe.calibration), ranges=False)
             return
         float_path = path.get("pretrain_network_float")
         if float_path:

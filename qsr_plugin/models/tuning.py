@@ -20,7 +20,7 @@ from qsr_plugin.losses.build import build_step_losses
 from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.models.finite import refuse_non_finite
 from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
-from qsr_plugin.quant.calibrate import image_batches
+from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
@@ -59,10 +59,9 @@ def tune(
     """
     recipe = _tunable(net)
     device = next(net.parameters()).device
+    given = image_batches([images] if isinstance(images, Tensor) else images)
     batches = [
-        part.to(device).contiguous(memory_format=torch.channels_last)
-        for batch in image_batches([images] if isinstance(images, Tensor) else images)
-        for part in batch.split(recipe.tuning.batch)
+        batch.to(device).contiguous(memory_format=torch.channels_last) for batch in joined(given, recipe.tuning.batch)
     ]
     if not batches:
         raise ValueError("no images to tune on: give a folder with images, or a non-empty iterable of tensors")
@@ -86,7 +85,12 @@ def _tunable(net: nn.Module) -> Recipe:
     if recipe is None or recipe.tuning is None:
         found = "a float network" if recipe is None else f"method '{recipe.method}'"
         raise RecipeError(f"{found} has no 'tuning': take a recipe with tuning: {{batch: 2}}, stages and losses")
+    if recipe.cooperative is not None or recipe.teacher != "float":
+        part = "cooperative" if recipe.cooperative is not None else f"teacher: {recipe.teacher}"
+        raise RecipeError(f"recipe.{part} is for trainings: a tuning learns from the float network alone; leave it out")
     for index, stage in enumerate(recipe.stages):
+        if stage.depths != (1.0,):
+            raise RecipeError(f"recipe.stages[{index}].depths is for trainings: a tuning runs all blocks; leave it out")
         for group in stage.train:
             if getattr(stage.lr, group) is None:
                 raise RecipeError(f"recipe.stages[{index}].lr.{group} is missing: a tuning has no other; give one")

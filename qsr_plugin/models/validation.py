@@ -10,6 +10,7 @@ from basicsr.utils import get_root_logger
 
 from qsr_plugin.data.patches import PatchOptions
 from qsr_plugin.quant.depth import set_depth
+from qsr_plugin.quant.surgery import policies
 from qsr_plugin.report.fab import BitStatistics, BitTally
 from qsr_plugin.report.patch_bits import run_and_observe
 
@@ -35,12 +36,18 @@ class Validation:
             self.log_ranges(current_iter, tb_logger)
 
     def test(self) -> None:
-        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its bits."""
+        """Super-resolve the current image, whole or in the patches of ``val.patches``, and note its bits.
+
+        Raises:
+            torch.OutOfMemoryError: If memory is too small. Before that, patches shrink, but only where bits are fixed:
+                chosen ones depend on the size, and with them FAB and PSNR.
+        """
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net
         cut, depth = {} if self._patches is None else self._patches.model_dump(), self.opt["val"].get("depth")
         if depth:
             set_depth(net, depth)
-        self.output, parts = run_and_observe(net, self.lq, self.opt["scale"], **cut, may_shrink=True)
+        fixed = all(len(policy.candidates) == 1 for _, policy in policies(net))
+        self.output, parts = run_and_observe(net, self.lq, self.opt["scale"], **cut, may_shrink=fixed)
         if depth:
             set_depth(net, None)
         images = [[part] for part in parts] if self._patches is None else [parts]

@@ -18,13 +18,14 @@ logger = logging.getLogger("qsr_plugin")
 
 
 @contextmanager
-def calibrating(net: nn.Module) -> Iterator[None]:
+def calibrating(net: nn.Module, *, ranges: bool = True) -> Iterator[None]:
     """Inside the ``with`` block forwards run the float network and every quantizer watches its own tensors.
 
     On leaving, ranges are set from what was seen; if the block raised, they stay as they were. Weight quantizers are
-    set from the weights, activation quantizers and bit policies from the forwards.
+    set from the weights, activation quantizers and bit policies from the forwards. Without ``ranges``, quantizers keep
+    theirs and only the bit policies watch.
     """
-    parts = [quantizer for _, quantizer in quantizers(net)]
+    parts = [quantizer for _, quantizer in quantizers(net)] if ranges else []
     asking, shared = dict(policies(net)), getattr(net, "bit_policy", None)
     choosing = [*asking.values(), *([] if shared is None else [shared])]
     try:
@@ -51,13 +52,14 @@ def calibrating(net: nn.Module) -> Iterator[None]:
             part.end_calibration(keep=False)
 
 
-def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]) -> nn.Module:
-    """Set all ranges of a quantized network from images. A second call replaces the first.
+def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]], *, ranges: bool = True) -> nn.Module:
+    """Set all ranges of a quantized network, and what its bit policies compare images with. A second call starts anew.
 
     Args:
         net: Network from :func:`quantize_model`.
         images: A folder of low-resolution images, a ``(N, 3, H, W)`` float tensor, RGB in [0, 1], or any iterable of
             such tensors or of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch.
+        ranges: ``False`` leaves all ranges as they are and sets the bit policies alone.
 
     Returns:
         ``net``.
@@ -69,23 +71,25 @@ def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]
     if not any(True for _ in sites(net)) and getattr(net, "recipe", None) is None:
         raise RuntimeError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
     images = [images] if isinstance(images, Tensor) else images
-    device, fit = next(net.parameters()).device, _fit_images(net)
+    device, fit = next(net.parameters()).device, _fit_images(net) if ranges else 0
     count, kept = 0, []
-    with calibrating(net):
+    with calibrating(net, ranges=ranges):
         for batch in image_batches(images):
             if count == 0 and float(batch.max()) > 2:
                 logger.warning("calibration values reach %g; images are expected as RGB in [0, 1]", batch.max())
             net(batch.to(device))
-            if count < fit:
-                kept.append(batch[: fit - count].clone())
+            missing = fit - sum(map(len, kept))
+            if missing > 0 and batch.shape[1:] == (kept or [batch])[0].shape[1:]:
+                kept.append(batch[:missing].clone())
             count += batch.shape[0]
         if count == 0:
             raise ValueError("no calibration images: give a folder with images, or a non-empty iterable of tensors")
-    logger.info("calibrated %d quantizers on %d image(s)", sum(1 for _ in quantizers(net)), count)
+    what = f"{sum(1 for _ in quantizers(net))} quantizers" if ranges else "the bit policies"
+    logger.info("calibrated %s on %d image(s)", what, count)
     if count < 2:
         logger.warning("calibrated on one image only: ranges may not fit others; 16 or more are advised")
-    for batch in kept:
-        fit_ranges(net, batch.to(device))
+    if kept:
+        fit_ranges(net, torch.cat(kept).to(device))
     return net
 
 
@@ -115,6 +119,23 @@ def image_batches(images: Union[str, Path, Iterable[Tensor]]) -> Iterator[Tensor
         return
     for number, item in enumerate(images):
         yield _checked(item.get("lq", item) if isinstance(item, dict) else item, f"batch {number}")
+
+
+def joined(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Images in batches of a size, whatever batches they come in; only images of one shape share a batch.
+
+    Args:
+        batches: ``(N, 3, H, W)`` tensors.
+        size: Images per batch; what is left over at the end makes smaller ones.
+    """
+    waiting: dict[torch.Size, list[Tensor]] = {}
+    for image in (image for batch in batches for image in batch.split(1)):
+        group = waiting.setdefault(image.shape, [])
+        group.append(image)
+        if len(group) == size:
+            yield torch.cat(waiting.pop(image.shape))
+    for group in waiting.values():
+        yield torch.cat(group)
 
 
 def _checked(batch: Tensor, name: str) -> Tensor:

@@ -91,10 +91,12 @@ class NetworkPolicy(PolicyPart):
 
     Attributes:
         taps: Places ``role:port`` of the tensors it wants in the record under these names.
+        needs_calibration: Whether it compares images with those of a calibration.
         target_bits: Mean bits the network is to have, if the policy says so.
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
 
     def __init__(
         self, options: StrictOptions, candidates: tuple[int, ...], places: tuple[str, ...], channels: tuple[int, ...]

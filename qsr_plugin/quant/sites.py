@@ -72,6 +72,8 @@ class Site:
         taps = self.__dict__.get("_taps")
         if taps and port in taps and record is not None:
             record.taps.update((name, x) for name in taps[port])
+            if port not in self.read_ports:
+                x = x.clone()  # what comes next may work in place
         quantizer = self._modules.get(f"{port}_quantizer")
         if quantizer is None:
             return x
@@ -92,7 +94,7 @@ class Site:
         if record is None or not record.keep_pairs:
             return out
         record.pairs[quantizer.site + operand] = (x, out)
-        return out if port in self.read_ports else out.clone()  # what comes next may work in place
+        return out if port in self.read_ports else out.clone()
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""

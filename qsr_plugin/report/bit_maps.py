@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -133,6 +136,34 @@ def observe_bits(net: nn.Module, image: Tensor, scale: int, label: str = "", **p
     candidates = {place: quantizer.candidates for place, quantizer in quantizers(net)}
     widths = sorted({width for place in seen[0].bits for width in candidates[place]})
     return BitMap(label or method, method, tuple(widths), tuple(seen))
+
+
+def labels_of(files: Sequence[Path]) -> list[str]:
+    """What to call networks: files by their stem, or, where stems repeat, by their folder.
+
+    The folder of ``experiments/NAME/models/net_g_latest.safetensors`` is ``NAME``. Folders above it are named as far as
+    they tell it from the others, and the file as well if there are others in its folder.
+
+    Args:
+        files: Paths of the networks; they need not exist.
+
+    Returns:
+        One label for each; all differ unless the files are the same.
+    """
+    files = [Path(os.path.abspath(file)) for file in files]
+    stems = [file.stem for file in set(files)]
+    whole = {file: file.parent.parts for file in files}
+    folders = {file: parts[:-1] if parts[-1] == "models" else parts for file, parts in whole.items()}
+    if len(set(folders.values())) < len(set(whole.values())):  # a network lies beside a folder `models`
+        folders = whole
+    labels = []
+    for file in files:
+        folder, others = folders[file], {parts for parts in folders.values() if parts != folders[file]}
+        depth = next(depth for depth in count(1) if all(parts[-depth:] != folder[-depth:] for parts in others))
+        alone = sum(parts == folder for parts in folders.values()) == 1
+        name = "/".join(folder[-depth:])
+        labels.append(file.stem if stems.count(file.stem) == 1 else name if alone else f"{name}/{file.stem}")
+    return labels
 
 
 def patch_gradients(image: Tensor, patches: Sequence[PatchBits]) -> list[float]:

@@ -186,6 +186,71 @@ def test_quantizers_see_the_joint_batch(data: Path, tmp_path: Path) -> None:
             assert_equal(harness.read(tmp_path / f"one/{name}_{iteration}_rank0.pth"), ranks, TOLERANCE / 10)
 
 
+LOSSES_ON_HALVES = """
+import os
+import torch
+from torch import distributed as dist, nn
+from qsr_plugin import compat
+compat.import_host()
+from qsr_plugin.losses.bit_loss import BitLoss
+from qsr_plugin.losses.context import StepContext
+from qsr_plugin.losses.distill_loss import BlockFeatureLoss
+from qsr_plugin.quant.record import ForwardRecord
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bits, self.mix = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def forward(self, bits, features):
+        chosen = {str(place): own + offset for place, (own, offset) in enumerate(zip(bits, self.bits))}
+        return chosen, [share * features[0] + features[1] for share in self.mix]
+
+def loss_of(kind, images, bits, features):
+    chosen, student = model(bits[:, images], features[:, images])
+    if kind == "features":
+        return BlockFeatureLoss(loss_weight=10).compare(student, [features[2, images]] * 2) + 0 * sum(chosen["0"])
+    image = torch.zeros(len(images), 3, 4, 4, dtype=torch.double)
+    context = StepContext(image, image, ForwardRecord(len(images), bits=chosen))
+    return BitLoss(target_bits=4, loss_weight=50)(context) + 0 * sum(one.sum() for one in student)
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+generator = torch.Generator().manual_seed(0)
+features = torch.randn(3, 6, 2, 3, 3, generator=generator).double()
+features[:, 3:] *= torch.tensor([5.0, 2.0, 1.0]).view(3, 1, 1, 1, 1)  # else norms of the halves are alike
+below, above = [4.0, 4, 3], [4.0, 4, 5]
+halves = {"at": below + above, "over": below + [6.0] * 3, "under": [2.0] * 3 + above, "features": below * 2}
+model = net = Net().double()
+if world > 1:
+    dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(net)
+images, seen = range(6)[rank * 6 // world : (rank + 1) * 6 // world], {}
+for kind, widths in halves.items():
+    net.zero_grad()
+    loss = loss_of(kind, list(images), torch.tensor([widths] * 2).double(), features)
+    loss.backward()
+    value = loss.detach().clone()
+    if world > 1:
+        dist.all_reduce(value)
+    seen[kind] = torch.stack([value / world, *net.bits.grad, *net.mix.grad])
+torch.save(seen, f"losses_rank{rank}.pth")
+"""
+
+
+def test_losses_see_the_joint_batch(tmp_path: Path) -> None:
+    """Values and gradients, each averaged over processes as the host does, of losses that are no mean over images."""
+    script = tmp_path / "losses.py"
+    script.write_text(LOSSES_ON_HALVES)
+    one_and_two_processes(script, {"one": [], "two": []}, tmp_path)
+    joint = harness.read(tmp_path / "one/losses_rank0.pth")
+    ranks = [harness.read(tmp_path / f"two/losses_rank{rank}.pth") for rank in (0, 1)]
+    # Loss, slopes of the bits of two places, slopes of the features of two blocks.
+    assert joint["at"].tolist() == pytest.approx([0, 12.5, 12.5, 0, 0])
+    assert joint["over"][1:3].tolist() == pytest.approx([25, 25])
+    assert not joint["under"].any() and joint["features"][[0, 3, 4]].abs().min() > 1e-4
+    assert_equal(joint, ranks, 1e-12)
+
+
 def test_unused_parameter_search_is_refused(data: Path, tmp_path: Path) -> None:
     opt = harness.write_options(harness.options(data, find_unused_parameters=True), tmp_path / "run.yml")
     done = harness.run(["-m", "qsr_plugin.train", "-opt", str(opt)], tmp_path)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qsr_plugin import compat
 from qsr_plugin.losses.context import StepContext
-from qsr_plugin.methods.adabm import AdaBMOptions, AdaBMPolicy, BitAwareQuantizer, ImageBits, complexity
+from qsr_plugin.methods.adabm import AdaBMOptions, AdaBMPolicy, BitAwareQuantizer, ImageBits
 from qsr_plugin.methods.minmax_percentile import SymmetricQuantizer
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
@@ -19,7 +19,7 @@ from tests.methods.asymmetric_examples import EXAMPLES, NAMES
 compat.import_host()
 
 from qsr_plugin.losses.bit_loss import BitLoss  # noqa: E402
-from qsr_plugin.losses.distill_loss import BlockFeatureLoss, TeacherLoss  # noqa: E402
+from qsr_plugin.losses.distill_loss import TeacherLoss  # noqa: E402
 
 WIDTHS = (2, 3, 4, 5, 6)
 
@@ -35,24 +35,6 @@ def bounded(low: float, high: float, **options: object) -> BitAwareQuantizer:
         q.set_range(torch.tensor(low), torch.tensor(high))
     q.mark_calibrated()
     return q
-
-
-def image_bits(low: float = 20.0, high: float = 120.0, places: tuple[str, ...] = (), **options: float) -> ImageBits:
-    part = ImageBits(AdaBMOptions(**options), WIDTHS, places, ())
-    with torch.no_grad():
-        part.lower.fill_(low)
-        part.upper.fill_(high)
-    return part
-
-
-def image(a: int, b: int, c: int, d: int, p: int) -> Tensor:
-    """The worked examples' image, (3, 12, 10) in 0..1."""
-    y, x = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
-    return torch.stack([(a * y + b * x + 17 * c * k + d * (x * y % 7) * (k + 1)) % p for k in range(3)]) / 255
-
-
-IMAGES = torch.stack([image(1, 1, 0, 0, 97), image(3, 5, 1, 2, 251), image(11, 7, 2, 3, 211), image(29, 31, 3, 5, 239)])
-COMPLEXITIES = [3.56209, 19.80159, 39.96477, 73.41377]
 
 
 @pytest.mark.parametrize(NAMES, EXAMPLES)
@@ -121,7 +103,7 @@ def test_the_place_learns_from_reconstruction_and_price(offset: float, bits: int
         policy.offset.fill_(offset)
     x = torch.tensor([[0.12, 0.77, 1.31]])
     width = policy.decide(x, None).bits
-    record = ForwardRecord(1, bits={"place": width}, policy=image_bits())
+    record = ForwardRecord(1, bits={"place": width}, policy=ImageBits(AdaBMOptions(), WIDTHS, (), ()))
     price = BitLoss(loss_weight=50)(StepContext(x, x, record))
     assert width.item() == bits == policy.usual_bits()
     assert price.item() == 50 * max(bits - 4, 0)
@@ -129,86 +111,16 @@ def test_the_place_learns_from_reconstruction_and_price(offset: float, bits: int
     assert got.item() == pytest.approx(slope, rel=3e-5, abs=1e-6)
 
 
-def test_complexity_thresholds_and_terms_of_images() -> None:
-    c = complexity(IMAGES)
-    close(c, COMPLEXITIES, digits=4)
-    part = image_bits()
-    part.begin_calibration()
-    part.observe(IMAGES)
-    part.end_calibration()
-    close(torch.stack([part.lower, part.upper]), [8.43394, 63.37906], digits=4)
-    part = image_bits()
-    record = ForwardRecord(4, image=IMAGES, policy=part)
-    term = part.term(record)
-    assert term.tolist() == [-1, -1, 0, 0]
-    middle, half = 70.0, 50.0
-    soft = [-0.868946, -0.763256, -0.537551, 0.068169]
-    close(torch.tanh((c - middle) / half), soft)
-    for index, z in enumerate(soft):
-        got = torch.autograd.grad(part.term(record)[index], (part.lower, part.upper))
-        k, d = 1 - z**2, 100.0
-        turn = 2 * (COMPLEXITIES[index] - middle) / d**2
-        close(torch.stack(got), [k * (-1 / d + turn), k * (-1 / d - turn)])
-
-
-def test_thresholds_themselves_lie_between() -> None:
-    c = torch.tensor([19.999, 20.0, 120.0, 120.001])
-    assert image_bits().of_complexity(c).tolist() == [-1, 0, 0, 1]
-
-
-def test_image_thresholds_follow_the_batches_of_a_calibration() -> None:
-    part = image_bits()
-    part.begin_calibration()
-    part.observe(IMAGES)
-    part.observe(IMAGES[:1])
-    part.end_calibration()
-    want = [0.9 * 8.43394 + 0.1 * COMPLEXITIES[0], 0.9 * 63.37906 + 0.1 * COMPLEXITIES[0]]
-    close(torch.stack([part.lower, part.upper]), want, digits=4)
-    part.observe(IMAGES[3:])
-    part.end_calibration(keep=False)
-    close(torch.stack([part.lower, part.upper]), want, digits=4)
-
-
-def test_terms_of_places_from_their_sensitivities() -> None:
-    asking = {f"place{i}": AdaBMPolicy(AdaBMOptions(), WIDTHS) for i in range(7)}
-    for policy, sensitivity in zip(asking.values(), [0.5, 1.5, 0.9, 2.2, 3.1, 0.7, 1.1]):
-        policy.sensitivity = torch.tensor(sensitivity)
-    image_bits(places=tuple(asking)).settle(asking)
-    assert [policy.offset.item() for policy in asking.values()] == [-1, 0, 0, 1, 1, -1, 0]
-
-
-def test_sensitivity_is_the_mean_over_batches_of_the_mean_over_images() -> None:
-    policy = AdaBMPolicy(AdaBMOptions(), WIDTHS)
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, 2, 3, 4, generator=generator) * n for n in (1, 3)]
-    policy.begin_calibration()
-    for batch in batches:
-        policy.observe(batch)
-    policy.end_calibration()
-    want = sum(sum(one.std().item() for one in batch) / len(batch) for batch in batches) / 2
-    assert policy.sensitivity.item() == pytest.approx(want, rel=1e-6)
-
-
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
-def test_images_of_one_colour_are_the_simplest(level: float) -> None:
-    part = image_bits(low=5.0)
-    term = part.term(ForwardRecord(1, image=torch.full((1, 3, 6, 6), level), policy=part))
-    assert term.item() == -1 and bool(
-        torch.isfinite(torch.stack(torch.autograd.grad(term, [part.lower, part.upper]))).all()
+@pytest.mark.parametrize(
+    ("bits", "slope"), [((3.0, 4.0), 0.0), ((4.0, 4.0), 25.0), ((3.0, 5.0), 25.0), ((4.0, 5.0), 50.0)]
+)
+def test_at_the_bits_of_the_recipe_the_price_has_half_of_its_slope(bits: tuple[float, float], slope: float) -> None:
+    mean, x = torch.tensor(0.0, requires_grad=True), torch.zeros(2, 1)
+    record = ForwardRecord(
+        2, bits={"place": torch.tensor(bits) + mean}, policy=ImageBits(AdaBMOptions(), WIDTHS, (), ())
     )
-
-
-def test_a_calibration_on_one_colour_keeps_the_thresholds_apart() -> None:
-    part = image_bits()
-    part.begin_calibration()
-    part.observe(torch.full((2, 3, 6, 6), 0.3))
-    part.end_calibration()
-    assert part.upper - part.lower >= 0.99e-3
-    assert bool(torch.isfinite(part.of_complexity(torch.tensor([0.0, 50.0]))).all())
-    with torch.no_grad():
-        part.lower.fill_(90.0)
-    part.project()
-    assert part.upper > part.lower
+    price = BitLoss(loss_weight=50)(StepContext(x, x, record))
+    assert torch.autograd.grad(price, mean)[0].item() == slope
 
 
 def test_one_bit_width_is_asked_for() -> None:
@@ -278,29 +190,3 @@ def test_every_part_learns(tiny_net, images) -> None:
     loss.backward()
     assert all(p.grad is not None and bool(p.grad != 0) for p in [q.offset for _, q in policies(net)])
     assert bool(net.bit_policy.lower.grad != 0) and bool(net.bit_policy.upper.grad != 0)
-
-
-def test_features_of_blocks_are_compared_at_unit_length() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (
-        [torch.randn(2, 3, 4, 5, generator=generator).requires_grad_() for _ in range(3)] for _ in range(2)
-    )
-    loss = BlockFeatureLoss(loss_weight=10)
-    units = [[f / f.detach().double().square().sum().sqrt() for f in features] for features in (student, teacher)]
-    distances = [(a[i] - b[i]).norm() for a, b in zip(*units) for i in range(2)]
-    value = loss.compare(student, teacher)
-    assert value.item() == pytest.approx(10 / 2 / 6 * sum(distances).item(), rel=1e-6)
-    value.backward()
-    assert all(f.grad is None for f in teacher)
-    # Features of unit length do not see their own scale, so the gradient is orthogonal to them.
-    assert all(abs((f.grad * f).sum().item()) < 1e-6 and bool(f.grad.abs().max() > 1e-4) for f in student)
-    same = loss.compare(teacher, [f.detach().clone() * 3 for f in teacher])
-    same.backward()
-    assert same.item() < 1e-6 and all(bool(torch.isfinite(f.grad).all()) for f in teacher)
-
-
-def test_distance_to_the_output_of_the_teacher() -> None:
-    a, b = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    assert TeacherLoss(2.0)(StepContext(a, a, ForwardRecord(2), b)).item() == pytest.approx(
-        2 * (a - b).abs().mean().item()
-    )

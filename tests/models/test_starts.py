@@ -266,6 +266,22 @@ def test_a_run_starts_from_another_quantized_network(data: Path, tmp_path: Path)
     assert [group["name"] for group in second.optimizer_g.param_groups] == ["weights", "ranges", "bits"]
 
 
+@pytest.mark.parametrize("method", ["adabm", "granular_dq"])
+def test_policies_that_compare_images_are_calibrated_at_a_quantized_start(
+    data: Path, tmp_path: Path, method: str
+) -> None:
+    opt = every_method.options(data, tmp_path, method, "EDSR", own=True)
+    first = build_model(opt)
+    save_quantized(first.net, tmp_path / "first.safetensors")
+    opt = every_method.options(data, tmp_path, method, "EDSR", own=True)
+    opt["path"]["pretrain_network_quantized"] = str(tmp_path / "first.safetensors")
+    second = build_model(opt)
+    # Same weights, ranges and images: what they are compared with is the same as well, though it was not copied.
+    calibrated = {key for key in first.net.state_dict() if ".gate." not in key}
+    state = second.net.state_dict()
+    assert all(torch.equal(state[key], first.net.state_dict()[key]) for key in calibrated)
+
+
 # -- groups and stages -----------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,9 @@ def test_batches_are_cut_and_the_last_may_be_smaller(tiny_net, images, monkeypat
     net = calibrated(float_net, images, stages=stages(["ranges"], iters=4), tuning={"batch": 2})
     tune(net, float_net, torch.cat(images)[:5])
     assert sizes == [2, 2, 1, 2]
+    sizes.clear()
+    tune(net, float_net, torch.cat(images)[:5].split(1))
+    assert sizes == [2, 2, 1, 2]
 
 
 def test_the_distance_to_the_float_network_falls(tiny_net, images) -> None:
@@ -177,6 +180,12 @@ def test_what_cannot_be_tuned_is_told(tiny_net, images) -> None:
     net = calibrated(float_net, images, stages=[{"train": ["ranges", "bits"], "iters": 2, "lr": {"ranges": 1e-2}}])
     with pytest.raises(RecipeError, match=r"recipe.stages\[0\].lr.bits is missing"):
         tune(net, float_net, images)
+    for changes, told in (
+        ({"teacher": "start"}, "recipe.teacher: start is for trainings"),
+        ({"cooperative": {}}, "recipe.cooperative is for trainings"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            tune(calibrated(float_net, images, **changes), float_net, images)
     with pytest.raises(ValueError, match="no images to tune on"):
         tune(calibrated(float_net, images), float_net, [])
     with pytest.raises(RecipeError, match="needs 'iters' in every stage"):

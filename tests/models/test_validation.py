@@ -88,6 +88,26 @@ def test_patches_weigh_alike_in_batches_of_any_size(
     assert found.shares == {"4": pytest.approx((1 + 2 / 3) / 2), "8": pytest.approx(1 / 6)}
 
 
+def test_patches_shrink_only_where_bits_are_fixed(
+    adaptive: nn.Module, images: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other patches choose other bits, and the log would not say so."""
+
+    def scarce(net: nn.Module, side: int) -> Model:
+        def check(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            if args[0].shape[0] * args[0].shape[-1] > side:
+                raise torch.OutOfMemoryError("out of memory")
+
+        net.register_forward_pre_hook(check)
+        return model_of(net, patches={"size": 32, "overlap": 0, "last": "shift", "batch": 2})
+
+    validate(scarce(quantized("toy_brightness", images, bits={"weight": 8, "act": 4}), 16), monkeypatch)
+    validate(model := scarce(adaptive, 32), monkeypatch)
+    assert model._tally.statistics().highest == 6.0  # one patch, not a dark and a bright one
+    with pytest.raises(torch.OutOfMemoryError):
+        validate(scarce(adaptive, 16), monkeypatch)
+
+
 def test_fixed_bits_need_no_shares(images, choosers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     told = validate(model_of(quantized("toy_brightness", images, bits={"weight": 8, "act": 4})), monkeypatch)
     assert "\t # FAB Set2: 4.000" in told

@@ -113,11 +113,17 @@ def test_every_range_is_fitted_behind_the_fitted_ones(images, fits) -> None:
         assert torch.equal(x, seen[site]), site
 
 
-@pytest.mark.parametrize(("fit", "sizes"), [(0, []), (1, [1]), (2, [2]), (3, [2, 1]), (50, [2, 2, 2])])
-def test_the_first_images_are_used_in_their_batches(images, fits, fit: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(("fit", "sizes"), [(0, []), (1, [1]), (2, [2]), (3, [3]), (50, [6])])
+def test_the_first_images_are_used_together(images, fits, fit: int, sizes: list[int]) -> None:
     quantized("toy_brightness", images, calibration={"images": 6, "batch": 2, "fit": fit})
     first = [x for site, x, _ in fits if site == "body.0.conv1.input"]
     assert [x.shape[0] for x in first] == sizes
+
+
+def test_only_images_of_the_size_of_the_first_are_used_together(images, fits) -> None:
+    net = quantize_model(Net(), recipe("toy_brightness", calibration={"fit": 3}))
+    calibrate(net, [images[0][:1], images[0][:1, :, :-2], images[0][1:]])
+    assert {x.shape[0] for _, x, _ in fits} == {2}
 
 
 def test_fitting_leaves_mode_and_other_forwards_alone(images, fits) -> None:

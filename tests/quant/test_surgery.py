@@ -156,6 +156,15 @@ def test_features_can_be_tapped_by_role_on_float_and_quantized_networks(tiny_net
     assert torch.equal(net.last_record().taps["f"], seen)
 
 
+@pytest.mark.parametrize("backbone", list_backbones())
+def test_what_works_in_place_behind_an_output_does_not_reach_its_tap(tiny_net, images, backbone: str) -> None:
+    net, seen = tap(tiny_net(backbone), "head:output", "f"), []
+    ((_, head, _),) = places_named(net, "head:output")
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    net(images[0])
+    assert torch.equal(net.last_record().taps["f"], seen[0])
+
+
 def test_a_tap_that_does_not_exist_suggests_one(tiny_net) -> None:
     with pytest.raises(RecipeError, match="cannot tap 'featurs' of EDSR.*Near: features"):
         tap(tiny_net(), "featurs", "f")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from qsr_plugin.report.bit_maps import BitMap, observe_bits, patch_gradients
+from qsr_plugin.report.bit_maps import BitMap, labels_of, observe_bits, patch_gradients
 from qsr_plugin.report.bit_plots import bits_figure, save_bits
 from qsr_plugin.report.patch_bits import PatchBits
 
@@ -80,6 +80,29 @@ def test_bits_of_a_network_are_observed(tiny) -> None:
     assert observe_bits(net, torch.rand(1, 3, 9, 14), 2).patches[0].height == 9
     with pytest.raises(ValueError, match="quantizes no activation that counts in FAB"):
         observe_bits(tiny("EDSR", "minmax", weight_bits=4, act_bits=32), torch.rand(1, 3, 8, 8), 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "labels"),
+    [
+        (["a/net.safetensors", "a/other.safetensors"], ["net", "other"]),
+        (["runs/a/models/net.safetensors", "runs/b/models/net.safetensors", "c.safetensors"], ["a", "b", "c"]),
+        (["runs/a/models/net.safetensors", "saved/net.safetensors"], ["a", "saved"]),
+        (["old/a/models/net.safetensors", "new/a/models/net.safetensors"], ["old/a", "new/a"]),
+        (["a/models/1.safetensors", "a/models/2.safetensors", "b/models/2.safetensors"], ["1", "a/2", "b"]),
+        (["a/net.safetensors", "a/models/net.safetensors"], ["a", "models"]),
+        (["a/net.safetensors", "a/../a/net.safetensors"], ["net", "net"]),
+    ],
+)
+def test_labels_tell_networks_apart(files: list[str], labels: list[str]) -> None:
+    """Folders are named where stems repeat, as many as it takes."""
+    assert labels_of([Path(file) for file in files]) == labels
+
+
+def test_labels_of_files_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "models").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "models")
+    assert labels_of([Path("net.safetensors"), Path("../../b/models/net.safetensors")]) == ["a", "b"]
 
 
 def test_map_shows_patches_and_means() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,12 +90,28 @@ def test_a_whole_image_beside_another_network(qsr, network: Path, photo: Path, t
     assert "fewer than 4 patches have no quarters" in said
 
 
+def test_runs_are_named_by_their_folders(qsr, network: Path, photo: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "experiments" / name / "models" / "net_g_latest.safetensors" for name in ("soft", "hard")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        shutil.copy(network, file)
+    said, error = qsr(
+        "bits", photo, "--model", files[0], "--model", files[1], "-o", "two.png", "--whole", "--data", "two.json"
+    )
+    assert error is None, said
+    assert "soft │ 1 │ 7.00" in said and "hard │ 1 │ 7.00" in said
+    assert [one["label"] for one in json.loads((tmp_path / "two.json").read_text())["networks"]] == ["soft", "hard"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("-o", "bits.jpg"), "plots are written as .png or .svg"),
         (("-o", "b.png", "--patch", 4, "--overlap", 4), "the overlap must be 0 to 3 pixels"),
         (("-o", "b.png", "--last", "crop"), "'enlarge'"),
+        (("-o", "b.png", "--whole", "--patch", 96), "--whole is one patch, but --patch says how to cut: leave out"),
+        (("-o", "b.png", "--whole", "--overlap", 6), "leave out --whole, or --overlap"),
+        (("-o", "b.png", "--whole", "--last", "enlarge", "--batch", 16), "or --last, --batch"),
         (("-o", "b.png", "--model", "none.safetensors"), "none.safetensors does not exist"),
     ],
 )
