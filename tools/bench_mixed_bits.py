@@ -140,7 +140,7 @@ def to_table(rows: list[dict[str, Any]], title: str) -> Table:
 def main(
     quantizers: Annotated[str, typer.Option(help="Quantizers, separated by commas.")] = "pams,asymmetric,rlq",
     methods: Annotated[
-        Optional[str], typer.Option(help="Recipes or recipe files. [default: all shipped that choose bits]")
+        Optional[str], typer.Option(help="Recipes or recipe files.", show_default="all shipped that choose bits")
     ] = None,
     backbone: Annotated[
         str, typer.Option(help="Shipped backbone (see 'qsr list') or a YAML file.")

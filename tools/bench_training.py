@@ -73,7 +73,7 @@ def to_table(rows: list[dict[str, Any]], title: str) -> Table:
 def main(
     methods: Annotated[
         Optional[str],
-        typer.Option(help="Recipes or recipe files, separated by commas. [default: all that train weights]"),
+        typer.Option(help="Recipes or recipe files, separated by commas.", show_default="all that train weights"),
     ] = None,
     bits: Annotated[str, typer.Option(help="Weight and activation bits, separated by commas.")] = "W4A4",
     backbone: Annotated[

@@ -86,11 +86,11 @@ def main(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for results, networks and runs.")],
     backbone: Annotated[str, typer.Option(help="Shipped backbone (see 'qsr list') or a YAML file.")] = "edsr_small_x4",
     weights: Annotated[
-        Optional[Path], typer.Option(help="Its float weights. [default: those that come with edsr_small_x4]")
+        Optional[Path], typer.Option(help="Its float weights.", show_default="those that come with edsr_small_x4")
     ] = None,
     methods: Annotated[
         Optional[str],
-        typer.Option(help="Recipes or recipe files, separated by commas. [default: all that train weights]"),
+        typer.Option(help="Recipes or recipe files, separated by commas.", show_default="all that train weights"),
     ] = None,
     bits: Annotated[str, typer.Option(help="Weight and activation bits, separated by commas.")] = "W4A4",
     placement: Annotated[
@@ -99,7 +99,9 @@ def main(
     iters: Annotated[int, typer.Option(min=20, help="Iterations of every training.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
     lq_size: Annotated[int, typer.Option(min=8, help="Side of the low-resolution crops.")] = 48,
-    lr: Annotated[Optional[float], typer.Option(help="Learning rate of the weights. [default: the published]")] = None,
+    lr: Annotated[
+        Optional[float], typer.Option(help="Learning rate of the weights.", show_default="the published")
+    ] = None,
     milestones: Annotated[str, typer.Option(help="Shares of the run after which learning rates halve.")] = "0.5,0.75",
     seed: Annotated[int, typer.Option(help="Of data order and random numbers.")] = 0,
     freeze_batch_norm: Annotated[
