@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -80,7 +81,8 @@ def _bits_table(maps: list, gradients: list[list[float]]) -> Table:
 
     widths = sorted({width for one in maps for width in one.widths})
     few = min(len(one.patches) for one in maps) < LEAST_FOR_QUARTERS
-    table = Table(caption=f"fewer than {LEAST_FOR_QUARTERS} patches have no quarters to compare" if few else None)
+    caption = f"fewer than {LEAST_FOR_QUARTERS} patches have no quarters to compare" if few else None
+    table = Table(caption=caption, box=SIMPLE_HEAD)  # leaves room for names beside four widths
     table.add_column("Network", overflow="fold")
     for heading in ("Patches", "FAB", *(f"{width} bits" for width in widths), "Smooth quarter", "Textured quarter"):
         table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
@@ -89,7 +91,7 @@ def _bits_table(maps: list, gradients: list[list[float]]) -> Table:
         quarters = one.quarters(slopes) or ()
         table.add_row(
             one.label, str(len(one.patches)), f"{one.fab:.2f}",
-            *(f"{100 * shares[width]:.1f} %" if width in shares else "" for width in widths),
+            *(f"{100 * shares[width]:.0f} %" if width in shares else "" for width in widths),
             *(f"{mean:.2f}" for mean in quarters),
         )  # fmt: skip
     return table
