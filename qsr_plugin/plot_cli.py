@@ -16,27 +16,18 @@ app = typer.Typer(help="Draw the bits a network chooses, and quality over cost."
 console = Console()
 
 Out = Annotated[list[Path], typer.Option("-o", "--out", help="Picture, .png or .svg; may be repeated.")]
-#: How ``bits`` cuts the image where nothing is said: option to key and value.
-_CUT = {"--patch": ("size", 96), "--overlap": ("overlap", 6), "--last": ("last", "enlarge"), "--batch": ("batch", 16)}
 
 
 @app.command()
 def bits(
+    context: typer.Context,
     image: Annotated[Path, typer.Argument(help="Low-resolution image that the network enlarges.")],
     model: Annotated[list[Path], typer.Option(help="Quantized .safetensors; may be repeated to compare.")],
     out: Out,
-    patch: Annotated[
-        Optional[int], typer.Option(help="Side of a patch in pixels of the image.", show_default="96")
-    ] = None,
-    overlap: Annotated[
-        Optional[int], typer.Option(help="Pixels that neighbouring patches share.", show_default="6")
-    ] = None,
-    last: Annotated[
-        Optional[str], typer.Option(help="Last patch of a row: enlarge it, or shift it back.", show_default="enlarge")
-    ] = None,
-    batch: Annotated[
-        Optional[int], typer.Option(help="Patches of equal size that run together.", show_default="16")
-    ] = None,
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels of the image.")] = 96,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring patches share.")] = 6,
+    last: Annotated[str, typer.Option(help="Last patch of a row: enlarge it, or shift it back.")] = "enlarge",
+    batch: Annotated[int, typer.Option(help="Patches of equal size that run together.")] = 16,
     whole: Annotated[bool, typer.Option("--whole", help="Run the whole image as one patch.")] = False,
     data: Annotated[Optional[Path], typer.Option(help="Write the numbers as JSON.")] = None,
 ) -> None:
@@ -50,21 +41,19 @@ def bits(
     from qsr_plugin.report.plots import check_ending
     from qsr_plugin.report.tables import write_json
 
-    asked = {"--patch": patch, "--overlap": overlap, "--last": last, "--batch": batch}
-    given = ", ".join(option for option, value in asked.items() if value is not None)
-    if whole and given:
+    cut = {"size": patch, "overlap": overlap, "last": last, "batch": batch}
+    said = [name for name in ("patch", "overlap", "last", "batch") if _given(context, name)]
+    if whole and said:
+        given = ", ".join(f"--{name}" for name in said)
         raise typer.BadParameter(f"--whole is one patch, but {given} says how to cut: leave out --whole, or {given}")
     for path in out:
         check_ending(path)
     pixels = read_rgb(image)
     lr = to_tensor(pixels).unsqueeze(0)
-    cut = {}
-    if not whole:
-        cut = {key: usual if asked[option] is None else asked[option] for option, (key, usual) in _CUT.items()}
     maps, gradients = [], []
     for path, label in zip(model, labels_of(model)):
         net = load_quantized(path)
-        maps.append(observe_bits(net, lr, scale_of(net.backbone_options), label, **cut))
+        maps.append(observe_bits(net, lr, scale_of(net.backbone_options), label, **({} if whole else cut)))
         gradients.append(patch_gradients(lr, maps[-1].patches))
     for path in out:
         save_bits(path, to_uint8(pixels), maps)
@@ -73,6 +62,11 @@ def bits(
         write_json({"image": str(image), "patches": cut or "whole image", "networks": networks}, data)
     console.print(_bits_table(maps, gradients))
     console.print(f"wrote {', '.join(map(str, [*out, *([data] if data else [])]))}", highlight=False, soft_wrap=True)
+
+
+def _given(context: typer.Context, option: str) -> bool:
+    """Whether an option stands on the command line, be it with its default."""
+    return context.get_parameter_source(option).name == "COMMANDLINE"
 
 
 def _bits_table(maps: list, gradients: list[list[float]]) -> Table:
