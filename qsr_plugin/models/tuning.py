@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from qsr_plugin.losses.build import build_step_losses
 from qsr_plugin.losses.context import StepContext, StepLoss
+from qsr_plugin.memory import free_memory
 from qsr_plugin.models.finite import refuse_non_finite
+from qsr_plugin.models.frozen_prelu import freeze_slopes
 from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
 from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.recipe import RecipeError
@@ -26,8 +28,9 @@ from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import tap
 
-#: Bytes of the teacher's outputs and features that are kept for the next time a batch comes; the rest is made again.
-KEPT_BYTES = 2 * 2**30
+#: Share of the free memory for the teacher's outputs and features, kept for the next time a batch comes; what does not
+#: fit is made again.
+KEPT_SHARE = 0.5
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
 
@@ -71,6 +74,7 @@ def tune(
         one.to(memory_format=torch.channels_last)  # the backward of wide kernels with few outputs is much faster
         for place in {place: None for loss in losses.values() for place in loss.taps}:
             tap(one, place, place)
+    freeze_slopes(student)
     student.keep_pairs = any(loss.needs_pairs for loss in losses.values())
     check_stages(recipe.stages, student, kept=("weights", "others"))
     run = _Run(student, _Teacher(teacher, batches), losses, recipe)
@@ -98,10 +102,10 @@ def _tunable(net: nn.Module) -> Recipe:
 
 
 class _Teacher:
-    """What the float network makes of each batch, kept as far as it fits in :data:`KEPT_BYTES`."""
+    """What the float network makes of each batch, kept as far as :data:`KEPT_SHARE` of the free memory goes."""
 
     def __init__(self, net: nn.Module, batches: Sequence[Tensor]) -> None:
-        self._net, self._batches, self._room = net, batches, KEPT_BYTES
+        self._net, self._batches, self._room = net, batches, KEPT_SHARE * free_memory(batches[0].device)
         self._kept: dict[int, tuple[Tensor, ForwardRecord | None]] = {}
 
     def ask(self, number: int) -> tuple[Tensor, ForwardRecord | None]:

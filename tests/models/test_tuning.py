@@ -132,7 +132,7 @@ def test_a_price_on_bits_lowers_them(tiny_net, images) -> None:
 def test_two_tunings_are_equal_and_what_is_kept_of_the_teacher_does_not_matter(tiny_net, images, monkeypatch) -> None:
     float_net, states = tiny_net("SRResNet"), []
     for kept in (2**30, 2**30, 0, 20_000):
-        monkeypatch.setattr(tuning, "KEPT_BYTES", kept)
+        monkeypatch.setattr(tuning, "free_memory", lambda device, free=2 * kept: free)
         net = calibrated(float_net, images)
         torch.manual_seed(len(states))
         tune(net, float_net, images)
@@ -145,7 +145,7 @@ def test_the_teacher_runs_once_for_each_batch_that_is_kept(tiny_net, images, mon
     monkeypatch.setattr(tuning, "tap", _counting_runs(tuning.tap, runs))
     for kept, times in ((2**30, 3), (0, 9)):
         runs.clear()
-        monkeypatch.setattr(tuning, "KEPT_BYTES", kept)
+        monkeypatch.setattr(tuning, "free_memory", lambda device, free=2 * kept: free)
         float_net = tiny_net()
         tune(calibrated(float_net, images), float_net, images)
         assert len(runs) == times
