@@ -13,13 +13,13 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import track
 from rich.table import Table
 
 from qsr_plugin import compat
 from qsr_plugin.data.cli import app as data_app
 from qsr_plugin.errors import UserError
 from qsr_plugin.plot_cli import app as plot_app
+from qsr_plugin.progress import track
 from qsr_plugin.table_cli import table
 
 app = typer.Typer(help="Quantized image super-resolution for BasicSR.", no_args_is_help=True, add_completion=False)
@@ -94,7 +94,7 @@ def quantize(
     net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
     crops = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
-    crops = list(track(crops, "reading images", total=None, console=console))
+    crops = list(track(crops, "reading images", console))
     keep_freed_memory()
     results: dict[str, Any] = {"weights": str(weights), "model": str(out)}
     results["seconds"] = _post_training(net, float_net if tuned else None, crops)
@@ -143,7 +143,7 @@ def report(
     scores, bits = {}, None
     if test is not None:
         scale = scale_of(net.backbone_options)
-        score = evaluate(net, *test, scale, patches=patches, progress=lambda pairs: track(pairs, "testing"))
+        score = evaluate(net, *test, scale, patches=patches, progress=lambda pairs: track(pairs, "testing", console))
         scores[test[0].parent.name or "test"], bits = score, score.place_bits
     counting = {"input_size": (int(found[1]), int(found[2])), "convention": convention, "patches": patches}
     costs = complexity(net, bits=bits, **counting)
@@ -210,11 +210,11 @@ def _post_training(net: Any, teacher: Any, crops: list) -> dict[str, float]:
     from qsr_plugin.models.tuning import tune
 
     begun = perf_counter()
-    calibrate(net, track(crops, "calibrating", console=console))
+    calibrate(net, track(crops, "calibrating", console))
     seconds = {"calibration": perf_counter() - begun}
     console.print(f"calibrated in {seconds['calibration']:.0f} s", highlight=False)
     if teacher is not None and net.recipe.tuning is not None:
-        spent = tune(net, teacher, crops, progress=lambda steps: track(steps, "tuning", console=console))
+        spent = tune(net, teacher, crops, progress=lambda steps: track(steps, "tuning", console))
         shares = ", ".join(f"{name} {one:.0f} s" for name, one in spent.items())
         console.print(f"tuned in {sum(spent.values()):.0f} s: {shares}", highlight=False)
         seconds |= spent
@@ -238,7 +238,7 @@ def _report_of_quantized(net: Any, float_net: Any, crops: Any, label: str, test:
     else:
         rows = {}
         for name, one in (("float", float_net), (label, net)):
-            score = evaluate(one, *test, progress=lambda pairs, name=name: track(pairs, f"testing {name}"))
+            score = evaluate(one, *test, progress=lambda pairs, name=name: track(pairs, f"testing {name}", console))
             costs = complexity(one, bits=score.place_bits)
             rows[name], results[name] = (costs, score), score.to_dict()
         console.print(results_table(rows, title=str(test[0])))

@@ -7,9 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from qsr_plugin import compat
+from qsr_plugin.progress import track
 
 
 def table(
@@ -38,7 +38,7 @@ def table(
     console, paths = Console(), list_images(images or photos)
     net = load_quantized(model)
     scale = 1 if images else scale_of(net.backbone_options)
-    progress = track(paths, "looking at images", console=console)
+    progress = track(paths, "looking at images", console)
     report = build_table(net, (low_resolution(path, scale) for path in progress), patch=patch, step=step, batch=batch)
     write_json(report.table.model_dump(mode="json"), out)
     console.print(table_summary(report))

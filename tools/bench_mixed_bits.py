@@ -19,12 +19,12 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 from qsr_plugin import calibrate, compat, list_methods, load_recipe, quantize_model
 from qsr_plugin.errors import UserError
+from qsr_plugin.progress import track
 from qsr_plugin.quant.policy import POLICIES, BitDecision, BitPolicy
 from qsr_plugin.quant.recipe import register_parts
 from qsr_plugin.quant.surgery import policies
@@ -170,7 +170,7 @@ def main(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         x = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
         rows: list[dict[str, Any]] = []
-        for name, recipe, kinds in track(jobs, "measuring", console=console):
+        for name, recipe, kinds in track(jobs, "measuring", console):
             try:
                 rows += measure(options, recipe, kinds, x, groups)
             except (UserError, ValueError, RuntimeError) as error:  # the other rows go on, and the table says it

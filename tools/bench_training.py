@@ -21,11 +21,11 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from qsr_plugin import compat
 from qsr_plugin.errors import UserError
+from qsr_plugin.progress import track
 from qsr_plugin.report.tables import size as in_bytes
 from qsr_plugin.report.tables import write_json
 
@@ -109,7 +109,7 @@ def main(
         for way in (False, True) if compiled else (False,):
             here = replace(work, compiled=way)
             float_memory = isolated(step_cost.measure_memory, here, None)
-            rows += [measure(here, case, float_memory) for case in track(cases, "measuring", console=console)]
+            rows += [measure(here, case, float_memory) for case in track(cases, "measuring", console)]
     except (UserError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

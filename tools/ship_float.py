@@ -9,12 +9,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from safetensors.torch import save as safetensors_bytes
 
 from qsr_plugin import compat, complexity
 from qsr_plugin.checkpoint import load_float_weights, write_atomically
 from qsr_plugin.options_file import load_options
+from qsr_plugin.progress import track
 from qsr_plugin.report.evaluate import evaluate
 
 CARD = """# {name}
@@ -61,7 +61,7 @@ def main(
     for name in sets.split(","):
         folder = benchmarks / name
         hr, lr = folder / "HR", folder / f"LRbicx{opt['scale']}"
-        score = evaluate(net, hr, lr, opt["scale"], progress=lambda pairs, name=name: track(pairs, name))
+        score = evaluate(net, hr, lr, opt["scale"], progress=lambda pairs, name=name: track(pairs, name, Console()))
         rows.append(f"| {name} | {len(score.images)} | {score.psnr:.2f} | {score.ssim:.4f} |")
     report = complexity(net)
     card = CARD.format(
