@@ -7,7 +7,6 @@ import re
 import sys
 from copy import deepcopy
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any, Optional
 
 import typer
@@ -209,16 +208,23 @@ def _post_training(net: Any, teacher: Any, crops: list) -> dict[str, float]:
     from qsr_plugin import calibrate
     from qsr_plugin.models.tuning import tune
 
-    begun = perf_counter()
-    calibrate(net, track(crops, "calibrating", console))
-    seconds = {"calibration": perf_counter() - begun}
-    console.print(f"calibrated in {seconds['calibration']:.0f} s", highlight=False)
+    seconds: dict[str, float] = {}
+    calibrate(net, track(crops, "calibrating", console), spent=seconds)
+    _print_shares("calibrated", seconds)
     if teacher is not None and net.recipe.tuning is not None:
         spent = tune(net, teacher, crops, progress=lambda steps: track(steps, "tuning", console))
-        shares = ", ".join(f"{name} {one:.0f} s" for name, one in spent.items())
-        console.print(f"tuned in {sum(spent.values()):.0f} s: {shares}", highlight=False)
+        _print_shares("tuned", spent)
         seconds |= spent
     return seconds
+
+
+def _print_shares(done: str, seconds: dict[str, float]) -> None:
+    """One line per phase of a step of the work."""
+    total = sum(seconds.values())
+    console.print(f"{done} in {total:.0f} s", highlight=False)
+    if len(seconds) > 1:
+        for name, one in seconds.items():
+            console.print(f"  {name}: {one:.0f} s, {one / total:.0%}", highlight=False)
 
 
 def _report_of_quantized(net: Any, float_net: Any, crops: Any, label: str, test: Any, results: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
+from time import perf_counter
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,13 @@ def calibrating(net: nn.Module, *, ranges: bool = True) -> Iterator[None]:
             part.end_calibration(keep=False)
 
 
-def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]], *, ranges: bool = True) -> nn.Module:
+def calibrate(
+    net: nn.Module,
+    images: Union[str, Path, Tensor, Iterable[Tensor]],
+    *,
+    ranges: bool = True,
+    spent: Optional[dict[str, float]] = None,
+) -> nn.Module:
     """Set all ranges of a quantized network, and what its bit policies compare images with. A second call starts anew.
 
     Args:
@@ -60,6 +67,7 @@ def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]
         images: A folder of low-resolution images, a ``(N, 3, H, W)`` float tensor, RGB in [0, 1], or any iterable of
             such tensors or of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch.
         ranges: ``False`` leaves all ranges as they are and sets the bit policies alone.
+        spent: Is given the seconds of ``calibration``, and of ``clipping`` where a method fits ranges to their bits.
 
     Returns:
         ``net``.
@@ -72,7 +80,7 @@ def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]
         raise RuntimeError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
     images = [images] if isinstance(images, Tensor) else images
     device, fit = next(net.parameters()).device, _fit_images(net) if ranges else 0
-    count, kept = 0, []
+    count, kept, spent, begun = 0, [], {} if spent is None else spent, perf_counter()
     with calibrating(net, ranges=ranges):
         for batch in image_batches(images):
             if count == 0 and float(batch.max()) > 2:
@@ -88,8 +96,10 @@ def calibrate(net: nn.Module, images: Union[str, Path, Tensor, Iterable[Tensor]]
     logger.info("calibrated %s on %d image(s)", what, count)
     if count < 2:
         logger.warning("calibrated on one image only: ranges may not fit others; 16 or more are advised")
+    spent["calibration"] = perf_counter() - begun
     if kept:
         fit_ranges(net, torch.cat(kept).to(device))
+        spent["clipping"] = perf_counter() - begun - spent["calibration"]
     return net
 
 

@@ -35,9 +35,16 @@ def quantize(folder: Path, photos: Path, *arguments: object, fails: bool = False
 def test_calibrated_tuned_and_scored(photos: Path, tmp_path: Path) -> None:
     small = harness.write_photos(tmp_path / "LR", 4, side=16)
     said = quantize(tmp_path, photos, "-o", "net.safetensors", "--test", photos, small)
-    assert "calibrated in" in said and "tuned in" in said
+    assert "calibrated in" in said and "tuned in" in said and "clipping: " in said and "thresholds: " in said
     figures = json.loads((tmp_path / "net.json").read_text())
-    assert list(figures["seconds"]) == ["calibration", "teacher", "weight_ranges", "ranges", "bits, thresholds"]
+    assert list(figures["seconds"]) == [
+        "calibration",
+        "clipping",
+        "teacher",
+        "weight_ranges",
+        "ranges",
+        "bits, thresholds",
+    ]
     result = figures["adabm W4A4MP"]
     assert 2 <= result["fab"] <= 6 and result["fab"] == pytest.approx(figures["complexity"]["fab"], abs=1e-6)
     assert len({image["fab"] for image in result["images"]} | {4.0}) > 1, "bits are not those of a fixed method"
@@ -50,7 +57,7 @@ def test_calibrated_tuned_and_scored(photos: Path, tmp_path: Path) -> None:
 def test_without_tuning_and_test_set(photos: Path, tmp_path: Path) -> None:
     said = quantize(tmp_path, photos, "-o", "net.safetensors", "--no-tune")
     figures = json.loads((tmp_path / "net.json").read_text())
-    assert "tuned in" not in said and list(figures["seconds"]) == ["calibration"]
+    assert "tuned in" not in said and list(figures["seconds"]) == ["calibration", "clipping"]
     assert 2 <= figures["complexity"]["fab"] <= 6
     quantize(tmp_path, photos, "-o", "again.safetensors", "--no-tune")
     one, other = (load_quantized(tmp_path / f"{name}.safetensors").state_dict() for name in ("net", "again"))
