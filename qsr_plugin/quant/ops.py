@@ -8,18 +8,17 @@ follow from them by the chain rule, because bounds and span are ordinary differe
 
 from __future__ import annotations
 
-import math
-from typing import Literal, Union
+from typing import Union
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qsr_plugin.quant import passes
+from qsr_plugin.quant.passes import Ties
+
 #: Integer limits: plain numbers for one bit width, or tensors that broadcast over the sample axis.
 Limits = tuple[Union[float, Tensor], Union[float, Tensor]]
-#: Which side an element counts for that lies exactly on a bound.
-Ties = Literal["inside", "split", "outside"]
 
 #: A range never gets narrower than this; keeps dead sites finite (all-zero features, zero weights).
 TINY_RANGE = 1e-12
@@ -166,25 +165,12 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few passes, most of them in place; masks are avoided, because they do not vectorise."""
+    """Values and gradients by :mod:`qsr_plugin.quant.passes`."""
 
     @staticmethod
     def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness):  # noqa: D102
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        rate = steps / span
-        shifted = isinstance(shift, Tensor) or shift != 0.0
-        y = wide * rate if anchor is None else (wide - anchor).mul_(rate)
-        if shifted:
-            y.add_(shift)
-        y.round_()
-        if limits is not None:
-            qmin, qmax = limits  # one pass with two tensors takes eight times as long as two with one
-            y.clamp_(qmin, qmax) if not isinstance(qmax, Tensor) else y.clamp_min_(qmin).clamp_max_(qmax)
-        if shifted:
-            y.sub_(shift)
-        y.mul_(span / steps)
-        if anchor is not None:
-            y.add_(anchor)
+        y = passes.quantized(wide, steps / span, span / steps, shift, limits, anchor)
         # The rounding error is kept, not the result: whoever gets the result may change it in place.
         error = torch.sub(y, wide) if steepness or any(ctx.needs_input_grad[1:3]) else None
         kept = wide if upper is not None or steepness else None
@@ -197,102 +183,67 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
-        wide = grad.to(ctx.wide)
-        inside, below, above = wide, None, None
+        inside, below, above = grad.to(ctx.wide), None, None
         if upper is not None:
-            inside, below, above = _divide(wide, x, lower, upper, ctx.ties, need_lower, need_upper)
-        grad_span = grad_steps = None
-        if need_span:
-            grad_span = _reduce(inside, error, span)
-        if need_steps:
-            grad_steps = -_reduce(inside, error, steps) / steps
+            inside, below, above = passes.divide(inside, x, lower, upper, ctx.ties, need_lower, need_upper)
+        grad_span = passes.reduce(inside, error, span) if need_span else None
+        grad_steps = -passes.reduce(inside, error, steps) / steps if need_steps else None
         through = inside
         if ctx.steepness:
-            through = _through_staircase(inside, error, span / ctx.steps, ctx.steepness)
+            through = passes.through_staircase(inside, error.abs(), span / ctx.steps, ctx.steepness)
             if need_span:
                 turned = torch.sub(inside, through, out=inside if upper is not None else None)
-                grad_span += _reduce(turned, x, span)
+                grad_span += passes.reduce(turned, x, span)
         if need_span:
             grad_span /= span
         grad_x = through.to(grad.dtype) if need_x else None
         return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None
 
 
-def _through_staircase(grad: Tensor, error: Tensor, step: Tensor, steepness: float) -> Tensor:
-    """``grad`` times ``k sech^2(k (f - 1/2)) / (2 tanh(k/2))``.
+def quantize_levels(x: Tensor, step: Tensor, limits: tuple[float, float], *, ties: Ties, steepness: float) -> Tensor:
+    """:func:`fake_quantize` to the multiples of a trained step, clipped at the outermost of them.
 
-    ``|f - 1/2| = 1/2 - |round(v) - v|``, sech is even, and ``sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z))``, which costs
-    a tenth of tanh.
+    The same values and gradients as with ``bounds`` of ``limits * step``, in fewer passes and with less memory, because
+    the result is kept for the backward pass: who gets it must not change it in place.
+
+    Args:
+        x: Float tensor of any shape and range, not modified.
+        step: Positive, 0-d.
+        limits: Smallest and largest code.
+        ties: See :func:`fake_quantize`.
+        steepness: See :func:`fake_quantize`.
+
+    Returns:
+        Fake-quantized tensor with the shape and dtype of ``x``.
     """
-    scale = 2.0 * steepness / math.tanh(steepness / 2.0)
-    level = error.abs().mul_(2.0 * steepness / step).sub_(steepness).sigmoid_()
-    return torch.ops.aten.sigmoid_backward.grad_input(grad, level, grad_input=level).mul_(scale)
+    return _QuantizeLevels.apply(x, step, limits, ties, steepness)
 
 
-def _divide(
-    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, need_lower: bool, need_upper: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A gradient where ``x`` is inside of its bounds (0 elsewhere), and its sums below and above them, where needed.
+class _QuantizeLevels(torch.autograd.Function):
+    """``d x_q / d step`` is ``(x_q - R' x) / step`` inside, with R' the slope of rounding, ``x_q / step`` outside."""
 
-    A bound that is one number can be read from the CPU's memory at no cost; then the backward passes of clamp and
-    threshold do at once what takes six passes over signs.
-    """
-    if lower.numel() == upper.numel() == 1 and _reads_are_free(x):
-        return _divide_by_numbers(grad, x, lower, upper, ties, need_lower, need_upper)
-    side = _sides(x, lower, upper, ties)
-    outside = side.abs()
-    inside = torch.addcmul(grad, grad, outside, value=-1.0)
-    if not (need_lower or need_upper):
-        return inside, None, None
-    sided, total = _reduce(grad, side, upper), _reduce(grad, outside, upper)
-    return inside, (total - sided) * 0.5, (total + sided) * 0.5
+    @staticmethod
+    def forward(ctx, x, step, limits, ties, steepness):  # noqa: D102
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        y = passes.quantized(wide, 1.0 / step, step, 0.0, limits, None)
+        ctx.save_for_backward(wide, y, step)
+        ctx.limits, ctx.ties, ctx.steepness, ctx.wide = limits, ties, steepness, wide.dtype
+        return y.to(x.dtype)
 
-
-def _reads_are_free(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _divide_by_numbers(
-    grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, need_lower: bool, need_upper: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    low, high = lower.item(), upper.item()
-    inside = with_bounds = None
-    if ties != "inside":
-        inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # a value on a bound counts as outside
-    if ties != "outside":
-        real = np.float32 if x.dtype == torch.float32 else np.float64
-        ends = np.nextafter(real(low), real(-np.inf)), np.nextafter(real(high), real(np.inf))
-        with_bounds = torch.ops.aten.hardtanh_backward(grad, x, *map(float, ends))
-        inside = with_bounds if inside is None else inside.lerp_(with_bounds, 0.5)
-    if not (need_lower or need_upper):
-        return inside, None, None
-    if ties == "inside" and not need_lower:
-        return inside, None, _shaped(torch.ops.aten.threshold_backward(grad, x, high).sum(), upper)
-    outside = torch.sub(grad, inside, out=with_bounds if ties == "split" else None)
-    total = outside.sum()
-    above = torch.ops.aten.threshold_backward.grad_input(outside, x, (low + high) / 2, grad_input=outside).sum()
-    return inside, _shaped(total - above, lower), _shaped(above, upper)
-
-
-def _sides(x: Tensor, lower: Tensor, upper: Tensor, ties: Ties) -> Tensor:
-    """How far each element counts as above (0 to 1) or below (0 to -1) the bounds.
-
-    Only signs of differences are used: a dead range may be 1e-12 wide and its data a billion times larger.
-    """
-    if ties == "inside":
-        side = torch.maximum(x, lower)
-        return torch.sub(x, torch.minimum(side, upper, out=side), out=side).sign_()
-    side = torch.sub(x, lower).sign_()
-    side.add_(torch.sub(x, upper).sign_())  # 0 inside, +-1 on a bound, +-2 outside
-    return side.mul_(0.5) if ties == "split" else side.clamp_(-1.0, 1.0)
-
-
-def _reduce(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum of products over every axis along which ``like`` broadcasts; one pass where ``like`` is a scalar."""
-    if like.numel() == 1 and a.is_contiguous() and b.is_contiguous():
-        return _shaped(torch.dot(a.view(-1), b.view(-1)), like)
-    return (a * b).sum_to_size(like.shape)
-
-
-def _shaped(total: Tensor, like: Tensor) -> Tensor:
-    return total.view(like.shape) if like.dim() else total
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: D102
+        x, y, step = ctx.saved_tensors
+        wide, need_step = grad.to(ctx.wide), ctx.needs_input_grad[1]
+        lower, upper = (limit * step for limit in ctx.limits)
+        inside, _, _ = passes.divide(wide, x, lower, upper, ctx.ties, False, False)
+        through, total = inside, None
+        if ctx.steepness:
+            through = passes.through_staircase(inside, torch.sub(y, x).abs_(), step, ctx.steepness)
+            if need_step:
+                total = (passes.reduce(wide, y, step) - passes.reduce(through, x, step)) / step
+        elif need_step:  # a difference of two sums would lose digits, because the rounding error is small beside x
+            error = torch.sub(y, x)
+            total = passes.reduce(inside, error, step)
+            total = (total + passes.reduce(torch.sub(wide, inside, out=error), y, step)) / step
+        return through.to(grad.dtype), total, None, None, None

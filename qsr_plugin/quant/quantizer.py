@@ -1,8 +1,7 @@
 """Quantizer base class and the table of quantizers by name.
 
-A quantizer is one module that does fake quantization for one port of one site: ``forward(x) -> x_q``. Learnable state
-lives in parameters, observed state in buffers, so both are in the state dict. Methods subclass :class:`Quantizer` and
-register themselves with :func:`register_quantizer`; everything else finds them by name.
+A quantizer is one module that does fake quantization for one port of one site: ``forward(x) -> x_q``. What it learns
+are parameters, what it observes are buffers. Methods register a subclass; everything else finds it by name.
 """
 
 from __future__ import annotations
@@ -70,6 +69,7 @@ class Quantizer(nn.Module):
         site: Dotted name of the place, for messages; set when the network is quantized.
         counts_in_fab: Whether the feature average bit width counts this place; layers at bits of their own do not.
         bits_span: Smallest and largest bit width this class can do.
+        keeps_result: Whether its backward pass reads what it returned, which so must not be changed in place.
     """
 
     Options: ClassVar[type[StrictOptions]] = StrictOptions
@@ -81,8 +81,8 @@ class Quantizer(nn.Module):
     tracking: ClassVar[Literal["momentum", "mean", None]] = None
     #: Whether there is a gate that can rescale the range for each image.
     gated: ClassVar[bool] = False
-    #: Names of 0-d bool buffers that calibration decides. Each has a mirror ``_<name>`` for Python, so that no forward
-    #: asks the device; it follows loading and averaging by itself.
+    keeps_result: ClassVar[bool] = False
+    #: 0-d bool buffers that calibration decides; the mirror ``_<name>`` of each spares forwards to ask the device.
     decisions: ClassVar[tuple[str, ...]] = ()
     #: Whether activations get a number per channel: the constructor then takes how many as ``channels``.
     per_channel: ClassVar[bool] = False

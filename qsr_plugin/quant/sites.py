@@ -91,10 +91,11 @@ class Site:
             if decision.expected is not None:
                 record.signal(EXPECTED_BITS, quantizer.site, decision.expected)
         out = quantize_with(quantizer, x, decision)
-        if record is None or not record.keep_pairs:
-            return out
-        record.pairs[quantizer.site + operand] = (x, out)
-        return out if port in self.read_ports else out.clone()
+        kept = quantizer.keeps_result
+        if record is not None and record.keep_pairs:
+            record.pairs[quantizer.site + operand] = (x, out)
+            kept = True
+        return out.clone() if kept and port not in self.read_ports else out
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""

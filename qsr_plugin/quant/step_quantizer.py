@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsr_plugin.quant.observers import Momentum, Observer, mean_magnitude
-from qsr_plugin.quant.ops import TINY_RANGE, Ties, fake_quantize, grad_scale, int_limits
+from qsr_plugin.quant.ops import TINY_RANGE, Ties, fake_quantize, grad_scale, int_limits, quantize_levels
 from qsr_plugin.quant.quantizer import QParams, Quantizer, Role, StrictOptions
 
 
@@ -55,6 +55,7 @@ class StepQuantizer(SignedByData):
 
         momentum: Momentum = "mean"
 
+    keeps_result = True
     ties: ClassVar[Ties] = "inside"
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: Role, channel_axis: int) -> None:
@@ -73,6 +74,8 @@ class StepQuantizer(SignedByData):
         step, bits = self.select(self.step, bits, x)
         qmin, qmax = int_limits(bits, signed=self._signed)
         step = grad_scale(step, (count * qmax) ** -0.5)
+        if isinstance(bits, int):
+            return quantize_levels(x, step, (qmin, qmax), ties=self.ties, steepness=steepness)
         ends = (qmin * (step if self._signed else step.detach()), qmax * step)
         return fake_quantize(x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness)
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsr_plugin.quant.ops import at_bits, fake_quantize, grad_scale, int_limits, per_sample, round_ste
+from qsr_plugin.quant.ops import (
+    at_bits,
+    fake_quantize,
+    grad_scale,
+    int_limits,
+    per_sample,
+    quantize_levels,
+    round_ste,
+)
 
 values = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=24)
 widths = st.integers(2, 16)
@@ -154,6 +162,45 @@ def test_bounds_of_one_number_and_bounds_of_every_element_agree(
         found.append((y, dx, *(grad.sum() for grad in of_bounds)))
     for one, every in zip(*found):
         assert torch.allclose(one, every, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steepness", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("ties", ["inside", "split", "outside"])
+@pytest.mark.parametrize("signed", [True, False])
+@given(st.lists(st.sampled_from([-2.0, -1.0, -0.3, 0.0, 0.4, 0.875, 0.875001, 0.874999, 3.0]), min_size=1), values)
+def test_levels_are_a_grid_between_bounds_that_move_with_the_step(
+    signed: bool, ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]
+) -> None:
+    x = torch.tensor(numbers + more, dtype=dtype, requires_grad=True)
+    step = torch.tensor(0.125, dtype=dtype, requires_grad=True)
+    upstream = torch.arange(1.0, x.numel() + 1, dtype=dtype)
+    limits = int_limits(4, signed=signed)
+    ends = tuple(limit * step for limit in limits)
+    levels = quantize_levels(x, step, limits, ties=ties, steepness=steepness)
+    grid = fake_quantize(x, step, 1.0, limits, bounds=ends, ties=ties, steepness=steepness)
+    assert torch.equal(levels, grid)
+    found, wanted = (gradients(out, upstream, x, step) for out in (levels, grid))
+    assert torch.equal(found[0], wanted[0])
+    size = (upstream * (x.detach().abs() + 2.0)).sum() / 0.125
+    assert (found[1] - wanted[1]).abs() <= 1e-6 * size
+
+
+def test_the_step_of_dead_data_learns_from_what_comes_later() -> None:
+    """Outliers a billion steps away still pull with the full slope of the bound."""
+    step = torch.tensor(1e-9, requires_grad=True)
+    x = torch.tensor([5.0, -3.0])
+    levels = quantize_levels(x, step, (-8.0, 7.0), ties="inside", steepness=0.0)
+    assert gradients(levels, torch.tensor([1.0, 1.0]), step)[0].item() == pytest.approx(-1.0, rel=1e-5)
+
+
+def test_changed_levels_are_refused_by_the_backward_pass() -> None:
+    levels = quantize_levels(
+        torch.rand(8, requires_grad=True), torch.tensor(0.1), (0.0, 15.0), ties="inside", steepness=0
+    )
+    levels.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        levels.sum().backward()
 
 
 def test_without_bounds_nothing_is_clipped() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsr_plugin.quant import ops
+from qsr_plugin.quant import passes
 from qsr_plugin.quant.quantizer import (
     QUANTIZERS,
     NotCalibratedError,
@@ -207,7 +207,7 @@ class NoHostSync(TorchDispatchMode):
     FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
 
     def __enter__(self):
-        self.as_on_a_device = mock.patch.object(ops, "_reads_are_free", lambda x: False)
+        self.as_on_a_device = mock.patch.object(passes, "_reads_are_free", lambda x: False)
         self.as_on_a_device.start()
         return super().__enter__()
 

@@ -26,6 +26,7 @@ from qsr_plugin.quant.sites import (
     site_class_for,
 )
 from qsr_plugin.quant.surgery import quantize_model
+from tests.quant.builders import ACTS, over
 
 
 class ScaledConv(nn.Conv2d):
@@ -174,6 +175,19 @@ def test_blocks_with_a_shortcut_port_compute_what_the_backbones_block_computes(t
     assert "shortcut" in chosen.ports and issubclass(chosen, type(block))
     chosen.from_float(block, "body.0")
     assert torch.equal(block(x), want)
+
+
+@over(ACTS)
+def test_an_activation_may_change_a_quantized_output_in_place(name: str, role: str) -> None:
+    x, found = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0)), []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(in_place))
+        given = recipe(4, {"match": "0", "port": "output"}) | {"quantizers": {"act": name, "weight": "maxabs"}}
+        calibrate(quantize_model(net, given), [x])
+        net(x).square().sum().backward()
+        found.append(net[0].weight.grad)
+    assert torch.equal(*found) and bool(found[0].abs().sum() > 0)
 
 
 def test_classes_are_made_once_and_know_their_ports() -> None:
