@@ -77,11 +77,17 @@ def quantize(
     from qsr_plugin.data.calibration_set import crops_from_folder
     from qsr_plugin.memory import keep_freed_memory
     from qsr_plugin.options_file import backbone_options, parse_bits, scale_of
+    from qsr_plugin.quant.policy import policy_class
     from qsr_plugin.report.tables import write_json
 
     weight_bits, act_bits = parse_bits(bits)
     changes = {"placement": placement} if placement else {}
     recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **changes)
+    if recipe.policy.type != "fixed" and not policy_class(recipe.policy.type).reach:
+        raise typer.BadParameter(
+            f"'{recipe.method}' chooses among several widths and learns how in a training: qsr train, with an option "
+            "file like those in options/train. Methods for qsr quantize have one width, or adapt around one (adabm)"
+        )
     if bits.upper().endswith("MP") and recipe.policy.type == "fixed":
         raise typer.BadParameter(f"--bits {bits} asks for adaptive bits, which '{recipe.method}' has not: leave out MP")
     if (images is None) == (photos is None):
@@ -98,7 +104,7 @@ def quantize(
     results: dict[str, Any] = {"weights": str(weights), "model": str(out)}
     results["seconds"] = _post_training(net, float_net if tuned else None, crops)
     save_quantized(net, out)
-    _report_of_quantized(net, float_net, crops[0], f"{recipe.method} {bits}", test and (*test, scale), results)
+    _report_of_quantized(net, float_net, crops[0], test and (*test, scale), results)
     write_json(results, out.with_suffix(".json"))
     console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False)
 
@@ -143,7 +149,7 @@ def report(
     if test is not None:
         scale = scale_of(net.backbone_options)
         score = evaluate(net, *test, scale, patches=patches, progress=lambda pairs: track(pairs, "testing", console))
-        scores[test[0].parent.name or "test"], bits = score, score.place_bits
+        scores[_set_name(test[0])], bits = score, score.place_bits
     counting = {"input_size": (int(found[1]), int(found[2])), "convention": convention, "patches": patches}
     costs = complexity(net, bits=bits, **counting)
     depths = trained_depths(net) if depth is None else ()
@@ -227,12 +233,13 @@ def _print_shares(done: str, seconds: dict[str, float]) -> None:
             console.print(f"  {name}: {one:.0f} s, {one / total:.0%}", highlight=False)
 
 
-def _report_of_quantized(net: Any, float_net: Any, crops: Any, label: str, test: Any, results: dict[str, Any]) -> None:
+def _report_of_quantized(net: Any, float_net: Any, crops: Any, test: Any, results: dict[str, Any]) -> None:
     """Print what a network costs, and on a test set how it scores beside the float one; fill in ``results``."""
     import torch
 
     from qsr_plugin import complexity
     from qsr_plugin.quant.record import evaluating
+    from qsr_plugin.report.complexity import method_label
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import results_table, summary_table
 
@@ -243,12 +250,17 @@ def _report_of_quantized(net: Any, float_net: Any, crops: Any, label: str, test:
         console.print(summary_table(costs))
     else:
         rows = {}
-        for name, one in (("float", float_net), (label, net)):
+        for name, one in (("float", float_net), (method_label(net.recipe), net)):
             score = evaluate(one, *test, progress=lambda pairs, name=name: track(pairs, f"testing {name}", console))
             costs = complexity(one, bits=score.place_bits)
-            rows[name], results[name] = (costs, score), score.to_dict()
+            rows[name], results[name] = (costs, score), {"set": _set_name(test[0]), **score.to_dict()}
         console.print(results_table(rows, title=str(test[0])))
     results["complexity"] = costs.to_dict()
+
+
+def _set_name(hr: Path) -> str:
+    """``Set5`` for ``Set5/HR``."""
+    return hr.resolve().parent.name or "test"
 
 
 def _network_of_file(path: Path) -> Any:

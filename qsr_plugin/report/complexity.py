@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from qsr_plugin.data.patches import PatchOptions, patches_of
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.depth import depth_blocks
-from qsr_plugin.quant.policy import BitDecision, BitPolicy, PolicyPart
+from qsr_plugin.quant.policy import BitDecision, BitPolicy, PolicyPart, policy_class
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.record import ForwardRecord, RecordingRoot
-from qsr_plugin.quant.schema import FLOAT_BITS
+from qsr_plugin.quant.schema import FLOAT_BITS, Recipe
 from qsr_plugin.quant.sites import MatMul, Site
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
 from qsr_plugin.report.complexity_types import CONVENTIONS, DEFAULT_SIZE, ComplexityReport, SiteCost
@@ -83,7 +83,7 @@ def complexity(
     recipe, added, blocks = getattr(net, "recipe", None), plugin_keys(net), [block for _, block in depth_blocks(net)]
     return ComplexityReport(
         network=getattr(net, "float_class", type(net)).__name__,
-        method="float" if recipe is None else _method(recipe.method, recipe.bits.weight, recipe.bits.act),
+        method="float" if recipe is None else method_label(recipe),
         input_size=(input_size[0], input_size[1]),
         convention=convention,
         fab=_weighted_mean(place_bits, dict.fromkeys(counted, 1)),
@@ -124,8 +124,11 @@ def _shapes(input_size: tuple[int, int], patches: PatchOptions) -> Iterable[tupl
     return (patch.shape for patch in patches_of(*input_size, patches))
 
 
-def _method(name: str, weight: int, act: int | tuple[int, ...]) -> str:
-    return f"{name} W{weight}A{'/'.join(map(str, act)) if isinstance(act, tuple) else act}"
+def method_label(recipe: Recipe) -> str:
+    """Method and bits, as ``cadyq W8A4/6/8``; ``W4A4MP`` where a policy goes around one width (mixed precision)."""
+    act, reach = recipe.bits.act, policy_class(recipe.policy.type).reach
+    widths = "/".join(map(str, act)) if isinstance(act, tuple) else f"{act}{'MP' if reach else ''}"
+    return f"{recipe.method} W{recipe.bits.weight}A{widths}"
 
 
 def _weighted_mean(bits: Mapping[str, float | None], weights: Mapping[str, int]) -> float | None:

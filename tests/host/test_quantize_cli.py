@@ -46,6 +46,7 @@ def test_calibrated_tuned_and_scored(photos: Path, tmp_path: Path) -> None:
         "bits, thresholds",
     ]
     result = figures["adabm W4A4MP"]
+    assert result["set"] == photos.parent.name
     assert 2 <= result["fab"] <= 6 and result["fab"] == pytest.approx(figures["complexity"]["fab"], abs=1e-6)
     assert len({image["fab"] for image in result["images"]} | {4.0}) > 1, "bits are not those of a fixed method"
     net = load_quantized(tmp_path / "net.safetensors")
@@ -67,6 +68,13 @@ def test_without_tuning_and_test_set(photos: Path, tmp_path: Path) -> None:
 def test_adaptive_bits_of_a_fixed_method_end_in_a_sentence(photos: Path, tmp_path: Path) -> None:
     said = quantize(tmp_path, photos, "-o", "net.safetensors", "--method", "minmax", fails=True)
     assert "W4A4MP asks for adaptive bits, which 'minmax' has not" in said.replace("│ ", "")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["cadyq", "granular_dq"])
+def test_methods_that_learn_to_choose_need_a_training(method: str, photos: Path, tmp_path: Path) -> None:
+    said = quantize(tmp_path, photos, "-o", "net.safetensors", "--method", method, fails=True)
+    assert f"'{method}' chooses among several widths" in said.replace("│ ", "")
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -44,6 +44,18 @@ def quantized(path: Path, psnr: float = 30.0, fab: float = 3.5, label: str = "mi
     return write(path, {**data, "float": float_score, label: score})
 
 
+def test_files_on_different_sets_do_not_mix(tmp_path: Path) -> None:
+    files = []
+    for name in ("Set5", "Set14"):
+        files.append(quantized(tmp_path / f"{name}.json", label=f"mine {name}"))
+        data = json.loads(files[-1].read_text())
+        for label in ("float", f"mine {name}"):
+            data[label]["set"] = name
+        files[-1].write_text(json.dumps(data))
+    with pytest.raises(ResultError, match="no test set is in all files"):
+        choose_set([point for file in files for point in read_points(file)])
+
+
 def test_rows_of_a_comparison(tmp_path: Path) -> None:
     """After the training, else before it; what failed is not there."""
     points = read_points(comparison(tmp_path / "c.json"))
