@@ -1,6 +1,7 @@
-"""Stateless arithmetic of uniform quantization; the only place where rounding and clipping are written.
+"""Stateless arithmetic of uniform quantization; with ``passes.py`` the only place that rounds and clips.
 
-Every uniform quantizer of the package is one call of :func:`fake_quantize`. Its gradient rules are those of a
+Every uniform quantizer of the package is one call of :func:`fake_quantize`, or of :func:`quantize_levels`, which gives
+the same in fewer passes to a trained step at one bit width. Their gradient rules are those of a
 straight-through rounding between clipped bounds (Bengio et al., arXiv 1308.3432), written for general bounds and step:
 a trained max scale (Li et al., ECCV 2020), a learned step (Esser et al., ICLR 2020) and learned asymmetric bounds
 follow from them by the chain rule, because bounds and span are ordinary differentiable tensors for the caller.
