@@ -1,7 +1,7 @@
 """PReLU whose slopes are not trained: the same values and gradients, with a backward that vectorises.
 
-PyTorch's backward on a CPU computes the gradient of the slopes element by element, whether or not it is asked for. In a
-network with many PReLUs that a tuning leaves alone (SRResNet), this takes a fifth of each step.
+PyTorch's backward on a CPU computes the gradient of the slopes element by element, whether or not it is asked for. That
+costs a tuning much of its time where many PReLUs are left alone (SRResNet).
 """
 
 from __future__ import annotations

@@ -165,12 +165,16 @@ def fake_quantize(
     return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, shift, ties, steepness)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Values and gradients by :mod:`qsr_plugin.quant.passes`."""
 
     @staticmethod
     def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness):  # noqa: D102
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = _wide(x)
         y = passes.quantized(wide, steps / span, span / steps, shift, limits, anchor)
         # The rounding error is kept, not the result: whoever gets the result may change it in place.
         error = torch.sub(y, wide) if steepness or any(ctx.needs_input_grad[1:3]) else None
@@ -225,7 +229,7 @@ class _QuantizeLevels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, limits, ties, steepness):  # noqa: D102
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = _wide(x)
         y = passes.quantized(wide, 1.0 / step, step, 0.0, limits, None)
         ctx.save_for_backward(wide, y, step)
         ctx.limits, ctx.ties, ctx.steepness, ctx.wide = limits, ties, steepness, wide.dtype

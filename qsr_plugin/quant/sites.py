@@ -95,7 +95,7 @@ class Site:
         if record is not None and record.keep_pairs:
             record.pairs[quantizer.site + operand] = (x, out)
             kept = True
-        return out.clone() if kept and port not in self.read_ports else out
+        return out.clone() if kept and port not in self.read_ports else out  # what comes next may work in place
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
