@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsr_plugin.quant.observers import Observer, build_observer, minmax
-from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
+from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits, quantize_levels
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 from qsr_plugin.quant.reduce import mean_over_ranks
 
@@ -73,6 +73,7 @@ class PAMSQuantizer(Quantizer):
 
     roles = ("act",)
     tracking = "momentum"
+    keeps_result = True
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
         super().__init__(options, candidates, role, channel_axis)
@@ -84,6 +85,8 @@ class PAMSQuantizer(Quantizer):
         """Fake-quantize an activation (N, ...)."""
         alpha, bits = self.select(self.alpha, bits, x)
         limits = int_limits(bits, narrow=True)
+        if isinstance(bits, int):
+            return quantize_levels(x, alpha, limits[1], limits, ties="split")
         return fake_quantize(x, alpha, limits[1], limits, bounds=(-alpha, alpha), ties="split")
 
     def track(self, x: Tensor, momentum: float) -> None:

@@ -205,15 +205,18 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None
 
 
-def quantize_levels(x: Tensor, step: Tensor, limits: tuple[float, float], *, ties: Ties, steepness: float) -> Tensor:
-    """:func:`fake_quantize` to the multiples of a trained step, clipped at the outermost of them.
+def quantize_levels(
+    x: Tensor, span: Tensor, steps: float, limits: tuple[float, float], *, ties: Ties, steepness: float = 0.0
+) -> Tensor:
+    """:func:`fake_quantize` to the multiples of a trained step ``s = span / steps``, clipped at the outermost of them.
 
-    The same values and gradients as with ``bounds`` of ``limits * step``, in fewer passes and with less memory, because
+    The same values and gradients as with ``bounds`` of ``limits * s``, in fewer passes and with less memory, because
     the result is kept for the backward pass: who gets it must not change it in place.
 
     Args:
         x: Float tensor of any shape and range, not modified.
-        step: Positive, 0-d.
+        span: Positive, 0-d.
+        steps: How many steps make up the span.
         limits: Smallest and largest code.
         ties: See :func:`fake_quantize`.
         steepness: See :func:`fake_quantize`.
@@ -221,34 +224,34 @@ def quantize_levels(x: Tensor, step: Tensor, limits: tuple[float, float], *, tie
     Returns:
         Fake-quantized tensor with the shape and dtype of ``x``.
     """
-    return _QuantizeLevels.apply(x, step, limits, ties, steepness)
+    return _QuantizeLevels.apply(x, span, steps, limits, ties, steepness)
 
 
 class _QuantizeLevels(torch.autograd.Function):
-    """``d x_q / d step`` is ``(x_q - R' x) / step`` inside, with R' the slope of rounding, ``x_q / step`` outside."""
+    """``d x_q / d span`` is ``(x_q - R' x) / span`` inside, with R' the slope of rounding, ``x_q / span`` outside."""
 
     @staticmethod
-    def forward(ctx, x, step, limits, ties, steepness):  # noqa: D102
+    def forward(ctx, x, span, steps, limits, ties, steepness):  # noqa: D102
         wide = _wide(x)
-        y = passes.quantized(wide, 1.0 / step, step, 0.0, limits, None)
-        ctx.save_for_backward(wide, y, step)
-        ctx.limits, ctx.ties, ctx.steepness, ctx.wide = limits, ties, steepness, wide.dtype
+        y = passes.quantized(wide, steps / span, span / steps, 0.0, limits, None)
+        ctx.save_for_backward(wide, y, span)
+        ctx.steps, ctx.limits, ctx.ties, ctx.steepness, ctx.wide = steps, limits, ties, steepness, wide.dtype
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: D102
-        x, y, step = ctx.saved_tensors
-        wide, need_step = grad.to(ctx.wide), ctx.needs_input_grad[1]
-        lower, upper = (limit * step for limit in ctx.limits)
+        x, y, span = ctx.saved_tensors
+        wide, need_span = grad.to(ctx.wide), ctx.needs_input_grad[1]
+        lower, upper = (limit / ctx.steps * span for limit in ctx.limits)  # in this order exact where the span is one
         inside, _, _ = passes.divide(wide, x, lower, upper, ctx.ties, False, False)
         through, total = inside, None
         if ctx.steepness:
-            through = passes.through_staircase(inside, torch.sub(y, x).abs_(), step, ctx.steepness)
-            if need_step:
-                total = (passes.reduce(wide, y, step) - passes.reduce(through, x, step)) / step
-        elif need_step:  # a difference of two sums would lose digits, because the rounding error is small beside x
+            through = passes.through_staircase(inside, torch.sub(y, x).abs_(), span / ctx.steps, ctx.steepness)
+            if need_span:
+                total = (passes.reduce(wide, y, span) - passes.reduce(through, x, span)) / span
+        elif need_span:  # a difference of two sums would lose digits, because the rounding error is small beside x
             error = torch.sub(y, x)
-            total = passes.reduce(inside, error, step)
-            total = (total + passes.reduce(torch.sub(wide, inside, out=error), y, step)) / step
-        return through.to(grad.dtype), total, None, None, None
+            total = passes.reduce(inside, error, span)
+            total = (total + passes.reduce(torch.sub(wide, inside, out=error), y, span)) / span
+        return through.to(grad.dtype), total, None, None, None, None

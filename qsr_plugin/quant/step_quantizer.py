@@ -75,7 +75,7 @@ class StepQuantizer(SignedByData):
         qmin, qmax = int_limits(bits, signed=self._signed)
         step = grad_scale(step, (count * qmax) ** -0.5)
         if isinstance(bits, int):
-            return quantize_levels(x, step, (qmin, qmax), ties=self.ties, steepness=steepness)
+            return quantize_levels(x, step, 1.0, (qmin, qmax), ties=self.ties, steepness=steepness)
         ends = (qmin * (step if self._signed else step.detach()), qmax * step)
         return fake_quantize(x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness)
 

@@ -168,36 +168,43 @@ def test_bounds_of_one_number_and_bounds_of_every_element_agree(
 @pytest.mark.parametrize("steepness", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("ties", ["inside", "split", "outside"])
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("steps", [1.0, 7.0])
 @given(st.lists(st.sampled_from([-2.0, -1.0, -0.3, 0.0, 0.4, 0.875, 0.875001, 0.874999, 3.0]), min_size=1), values)
 def test_levels_are_a_grid_between_bounds_that_move_with_the_step(
-    signed: bool, ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]
+    steps: float, signed: bool, ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]
 ) -> None:
     x = torch.tensor(numbers + more, dtype=dtype, requires_grad=True)
-    step = torch.tensor(0.125, dtype=dtype, requires_grad=True)
+    span = torch.tensor(0.125 * steps, dtype=dtype, requires_grad=True)
     upstream = torch.arange(1.0, x.numel() + 1, dtype=dtype)
     limits = int_limits(4, signed=signed)
-    ends = tuple(limit * step for limit in limits)
-    levels = quantize_levels(x, step, limits, ties=ties, steepness=steepness)
-    grid = fake_quantize(x, step, 1.0, limits, bounds=ends, ties=ties, steepness=steepness)
+    ends = tuple(limit / steps * span for limit in limits)
+    levels = quantize_levels(x, span, steps, limits, ties=ties, steepness=steepness)
+    grid = fake_quantize(x, span, steps, limits, bounds=ends, ties=ties, steepness=steepness)
     assert torch.equal(levels, grid)
-    found, wanted = (gradients(out, upstream, x, step) for out in (levels, grid))
+    found, wanted = (gradients(out, upstream, x, span) for out in (levels, grid))
     assert torch.equal(found[0], wanted[0])
     size = (upstream * (x.detach().abs() + 2.0)).sum() / 0.125
     assert (found[1] - wanted[1]).abs() <= 1e-6 * size
+
+
+@given(st.floats(2**-10, 1000.0, width=32))
+def test_a_value_on_a_bound_that_is_the_span_counts_half(bound: float) -> None:
+    """A largest magnitude that was taken from the data lies on its own bound."""
+    x = torch.tensor([bound, -bound], requires_grad=True)
+    levels = quantize_levels(x, torch.tensor(bound), 7.0, (-7.0, 7.0), ties="split")
+    assert gradients(levels, torch.ones(2), x)[0].tolist() == [0.5, 0.5]
 
 
 def test_the_step_of_dead_data_learns_from_what_comes_later() -> None:
     """Outliers a billion steps away still pull with the full slope of the bound."""
     step = torch.tensor(1e-9, requires_grad=True)
     x = torch.tensor([5.0, -3.0])
-    levels = quantize_levels(x, step, (-8.0, 7.0), ties="inside", steepness=0.0)
+    levels = quantize_levels(x, step, 1.0, (-8.0, 7.0), ties="inside")
     assert gradients(levels, torch.tensor([1.0, 1.0]), step)[0].item() == pytest.approx(-1.0, rel=1e-5)
 
 
 def test_changed_levels_are_refused_by_the_backward_pass() -> None:
-    levels = quantize_levels(
-        torch.rand(8, requires_grad=True), torch.tensor(0.1), (0.0, 15.0), ties="inside", steepness=0
-    )
+    levels = quantize_levels(torch.rand(8, requires_grad=True), torch.tensor(0.1), 1.0, (0.0, 15.0), ties="inside")
     levels.relu_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         levels.sum().backward()
