@@ -73,7 +73,6 @@ class PAMSQuantizer(Quantizer):
 
     roles = ("act",)
     tracking = "momentum"
-    keeps_result = True
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int) -> None:
         super().__init__(options, candidates, role, channel_axis)
@@ -85,7 +84,7 @@ class PAMSQuantizer(Quantizer):
         """Fake-quantize an activation (N, ...)."""
         alpha, bits = self.select(self.alpha, bits, x)
         limits = int_limits(bits, narrow=True)
-        if isinstance(bits, int):
+        if isinstance(bits, int) and self.only_read:
             return quantize_levels(x, alpha, limits[1], limits, ties="split")
         return fake_quantize(x, alpha, limits[1], limits, bounds=(-alpha, alpha), ties="split")
 

@@ -45,6 +45,7 @@ class Site:
     def add_quantizer(self, port: str, quantizer: Quantizer, policy: BitPolicy | None) -> None:
         """Put a quantizer (and, for activations, its bit policy) at a port."""
         quantizer.site = f"{self.site_name}.{port}"
+        quantizer.only_read = port in (*self.read_ports, "weight")
         self.add_module(f"{port}_quantizer", quantizer)
         if policy is not None:
             policy.place = quantizer.site
@@ -91,11 +92,10 @@ class Site:
             if decision.expected is not None:
                 record.signal(EXPECTED_BITS, quantizer.site, decision.expected)
         out = quantize_with(quantizer, x, decision)
-        kept = quantizer.keeps_result
         if record is not None and record.keep_pairs:
             record.pairs[quantizer.site + operand] = (x, out)
-            kept = True
-        return out.clone() if kept and port not in self.read_ports else out  # what comes next may work in place
+            return out if quantizer.only_read else out.clone()  # what comes next may work in place
+        return out
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""

@@ -55,7 +55,6 @@ class StepQuantizer(SignedByData):
 
         momentum: Momentum = "mean"
 
-    keeps_result = True
     ties: ClassVar[Ties] = "inside"
 
     def __init__(self, options: Options, candidates: tuple[int, ...], role: Role, channel_axis: int) -> None:
@@ -74,7 +73,7 @@ class StepQuantizer(SignedByData):
         step, bits = self.select(self.step, bits, x)
         qmin, qmax = int_limits(bits, signed=self._signed)
         step = grad_scale(step, (count * qmax) ** -0.5)
-        if isinstance(bits, int):
+        if isinstance(bits, int) and self.only_read:
             return quantize_levels(x, step, 1.0, (qmin, qmax), ties=self.ties, steepness=steepness)
         ends = (qmin * (step if self._signed else step.detach()), qmax * step)
         return fake_quantize(x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness)
