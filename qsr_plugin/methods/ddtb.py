@@ -60,7 +60,14 @@ def _grid(lower: Tensor, upper: Tensor, bits: int | Tensor, clamp_codes: bool) -
 
 
 def quantize_between(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int | Tensor, clamp_codes: bool, *, clip: bool = True
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    bits: int | Tensor,
+    clamp_codes: bool,
+    *,
+    clip: bool = True,
+    only_read: bool = False,
 ) -> Tensor:
     """Clip to two bounds and quantize on the affine grid between them.
 
@@ -74,6 +81,7 @@ def quantize_between(
         bits: Bit width, a number or broadcastable to ``x``.
         clamp_codes: ``2^b`` levels at most, instead of up to ``2^b + 1``.
         clip: False where nothing lies beyond the bounds: every element then has gradient one.
+        only_read: See :func:`fake_quantize`; only together with ``clip``.
     """
     steps, shift, codes = _grid(lower, upper, bits, clamp_codes)
     span, ends = upper - lower, (lower, upper)
@@ -83,7 +91,8 @@ def quantize_between(
             still = span.detach()
         change = span - still  # zero: the ends have the values of the bounds and the gradients of the levels
         ends = tuple(bound + part * change for bound, part in zip(ends, beyond))
-    return fake_quantize(x, span, steps, codes, bounds=ends if clip else None, shift=shift, ties="split")
+    ends = ends if clip else None
+    return fake_quantize(x, span, steps, codes, bounds=ends, shift=shift, ties="split", only_read=only_read)
 
 
 def _qparams(lower: Tensor, upper: Tensor, bits: int, clamp_codes: bool) -> QParams:
@@ -182,7 +191,7 @@ class DDTBQuantizer(Quantizer):
         if self._dynamic and (self._gate_on or torch.is_grad_enabled()):
             lower, upper = self._pass_gate(x, lower, upper)
         lower, upper, bits = (self.expand(value, x) for value in (lower, upper, bits))
-        return quantize_between(x, lower, upper, bits, self.options.clamp_codes)
+        return quantize_between(x, lower, upper, bits, self.options.clamp_codes, only_read=self.only_read)
 
     def _pass_gate(self, x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         record = current_record()

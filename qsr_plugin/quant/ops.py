@@ -122,6 +122,7 @@ def fake_quantize(
     shift: float | Tensor = 0.0,
     ties: Ties = "inside",
     steepness: float = 0.0,
+    only_read: bool = False,
 ) -> Tensor:
     """Quantize to a uniform grid and back.
 
@@ -157,12 +158,14 @@ def fake_quantize(
         ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (strict
             inequality) or ``split``, half and half (element-wise minimum and maximum).
         steepness: Steepness of the soft staircase; 0 for straight-through rounding. Not together with an anchor.
+        only_read: Whether the result is never changed in place: the backward pass then keeps it, not the rounding
+            error, which saves a tensor where a convolution keeps it as well. Only together with bounds.
 
     Returns:
         Fake-quantized tensor with the shape and dtype of ``x``.
     """
     lower, upper = bounds if bounds is not None else (None, None)
-    return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, shift, ties, steepness)
+    return _FakeQuantize.apply(x, span, steps, lower, upper, anchor, limits, shift, ties, steepness, only_read)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -173,14 +176,15 @@ class _FakeQuantize(torch.autograd.Function):
     """Values and gradients by :mod:`qsr_plugin.quant.passes`."""
 
     @staticmethod
-    def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness):  # noqa: D102
+    def forward(ctx, x, span, steps, lower, upper, anchor, limits, shift, ties, steepness, only_read):  # noqa: D102
         wide = _wide(x)
         y = passes.quantized(wide, steps / span, span / steps, shift, limits, anchor)
-        # The rounding error is kept, not the result: whoever gets the result may change it in place.
-        error = torch.sub(y, wide) if steepness or any(ctx.needs_input_grad[1:3]) else None
+        error = None
+        if steepness or any(ctx.needs_input_grad[1:3]):
+            error = y if only_read else torch.sub(y, wide)  # whoever gets the result may change it in place
         kept = wide if upper is not None or steepness else None
         ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
-        ctx.ties, ctx.wide, ctx.steepness, ctx.steps = ties, wide.dtype, steepness, steps
+        ctx.ties, ctx.wide, ctx.steepness, ctx.steps, ctx.only_read = ties, wide.dtype, steepness, steps, only_read
         return y.to(x.dtype)
 
     @staticmethod
@@ -188,6 +192,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102
         x, error, span, lower, upper, steps = ctx.saved_tensors
         need_x, need_span, need_steps, need_lower, need_upper = ctx.needs_input_grad[:5]
+        if ctx.only_read and error is not None:
+            error = torch.sub(error, x)
         inside, below, above = grad.to(ctx.wide), None, None
         if upper is not None:
             inside, below, above = passes.divide(inside, x, lower, upper, ctx.ties, need_lower, need_upper)
@@ -202,7 +208,7 @@ class _FakeQuantize(torch.autograd.Function):
         if need_span:
             grad_span /= span
         grad_x = through.to(grad.dtype) if need_x else None
-        return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None
+        return grad_x, grad_span, grad_steps, below, above, None, None, None, None, None, None
 
 
 def quantize_levels(

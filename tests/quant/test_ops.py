@@ -203,6 +203,18 @@ def test_the_step_of_dead_data_learns_from_what_comes_later() -> None:
     assert gradients(levels, torch.tensor([1.0, 1.0]), step)[0].item() == pytest.approx(-1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (5, 1)])
+def test_keeping_the_result_or_the_rounding_error_gives_the_same_to_the_last_bit(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 200, generator=generator, requires_grad=True)
+    lower, upper = (torch.full(shape, bound, requires_grad=True) for bound in (-0.8, 1.1))
+    upstream, found = torch.randn(5, 200, generator=generator), []
+    for only_read in (False, True):
+        y = fake_quantize(x, upper - lower, 15.0, (-8.0, 7.0), bounds=(lower, upper), shift=-1.0, only_read=only_read)
+        found.append((y, *gradients(y, upstream, x, lower, upper)))
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
 def test_changed_levels_are_refused_by_the_backward_pass() -> None:
     levels = quantize_levels(torch.rand(8, requires_grad=True), torch.tensor(0.1), 1.0, (0.0, 15.0), ties="inside")
     levels.relu_()
