@@ -69,6 +69,10 @@ def _given(context: typer.Context, option: str) -> bool:
     return context.get_parameter_source(option).name == "COMMANDLINE"
 
 
+#: A terminal of 80 columns has no room for the shares of more widths side by side.
+_MOST_COLUMNS = 4
+
+
 def _bits_table(maps: list, gradients: list[list[float]]) -> Table:
     """One row per network: mean bits, share of each width, and whether smooth patches get fewer."""
     from qsr_plugin.report.bit_maps import LEAST_FOR_QUARTERS
@@ -76,17 +80,19 @@ def _bits_table(maps: list, gradients: list[list[float]]) -> Table:
     widths = sorted({width for one in maps for width in one.widths})
     few = min(len(one.patches) for one in maps) < LEAST_FOR_QUARTERS
     caption = f"fewer than {LEAST_FOR_QUARTERS} patches have no quarters to compare" if few else None
-    table = Table(caption=caption, box=SIMPLE_HEAD)  # leaves room for names beside four widths
+    table = Table(caption=caption, box=SIMPLE_HEAD)
     table.add_column("Network", overflow="fold")
-    for heading in ("Patches", "FAB", *(f"{width} bits" for width in widths), "Smooth quarter", "Textured quarter"):
+    apart = len(widths) <= _MOST_COLUMNS
+    share_columns = [f"{width} bits" for width in widths] if apart else ["bits: share"]
+    for heading in ("Patches", "FAB", *share_columns, "Smooth quarter", "Textured quarter"):
         table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for one, slopes in zip(maps, gradients):
-        shares = dict(zip(one.widths, one.shares.mean(0)))
-        quarters = one.quarters(slopes) or ()
+        percents = {width: f"{100 * share:.0f} %" for width, share in zip(one.widths, one.shares.mean(0))}
+        listed = "\n".join(f"{width}: {percent:>5}" for width, percent in percents.items())
         table.add_row(
             one.label, str(len(one.patches)), f"{one.fab:.2f}",
-            *(f"{100 * shares[width]:.0f} %" if width in shares else "" for width in widths),
-            *(f"{mean:.2f}" for mean in quarters),
+            *([percents.get(width, "") for width in widths] if apart else [listed]),
+            *(f"{mean:.2f}" for mean in one.quarters(slopes) or ()),
         )  # fmt: skip
     return table
 

@@ -90,6 +90,16 @@ def test_a_whole_image_beside_another_network(qsr, network: Path, photo: Path, t
     assert "fewer than 4 patches have no quarters" in said
 
 
+def test_many_widths_are_listed_in_one_column(qsr, network: Path, photo: Path, tiny, tmp_path: Path) -> None:
+    models = ["--model", network]
+    for bits in (3, 5, 6):
+        save_quantized(tiny("EDSR", "minmax", weight_bits=8, act_bits=bits), tmp_path / f"fixed{bits}.safetensors")
+        models += ["--model", f"fixed{bits}.safetensors"]
+    said, error = qsr("bits", photo, *models, "-o", "many.png", "--whole")
+    assert error is None, said
+    assert "adaptive 1 7.00 4: 25 % 8: 75 % fixed3 1 3.00 3: 100 %" in said
+
+
 def test_runs_are_named_by_their_folders(qsr, network: Path, photo: Path, tmp_path: Path) -> None:
     files = [tmp_path / "experiments" / name / "models" / "net_g_latest.safetensors" for name in ("soft", "hard")]
     for file in files:
