@@ -24,8 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsr_plugin.methods.ddtb_gate import GATE_LOGITS, BoundsObserver, Gate, apart, rescale
+from qsr_plugin.methods.ddtb_grid import grid_between, quantize_between
 from qsr_plugin.quant.observers import Observer, minmax, percentile
-from qsr_plugin.quant.ops import at_bits, fake_quantize, int_limits
+from qsr_plugin.quant.ops import at_bits
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 from qsr_plugin.quant.record import current_record
 from qsr_plugin.quant.reduce import mean_over_ranks
@@ -45,59 +46,6 @@ _GATES_OFF = (
     "calibrating again chose anew which ranges are gated, and switched all gates off: train from the recipe's first "
     "stage on, or load a trained checkpoint"
 )
-
-
-def _grid(lower: Tensor, upper: Tensor, bits: int | Tensor, clamp_codes: bool) -> tuple:
-    """Steps between the bounds, ``-z``, and the smallest and largest code."""
-    low, high = int_limits(bits)
-    steps = high - low
-    with torch.no_grad():
-        rate = steps / (upper - lower)
-        shift = low - (rate * lower).round()
-        if not clamp_codes:
-            low, high = (rate * lower + shift).round(), (rate * upper + shift).round()
-    return steps, shift, (low, high)
-
-
-def quantize_between(
-    x: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    bits: int | Tensor,
-    clamp_codes: bool,
-    *,
-    clip: bool = True,
-    only_read: bool = False,
-) -> Tensor:
-    """Clip to two bounds and quantize on the affine grid between them.
-
-    What is clipped gets the value of the outermost level, and the gradient of that level with respect to the bounds.
-    On a bound it counts half as clipped.
-
-    Args:
-        x: Float tensor of any shape.
-        lower: Lower bound, broadcastable to ``x``.
-        upper: Upper bound, above the lower one.
-        bits: Bit width, a number or broadcastable to ``x``.
-        clamp_codes: ``2^b`` levels at most, instead of up to ``2^b + 1``.
-        clip: False where nothing lies beyond the bounds: every element then has gradient one.
-        only_read: See :func:`fake_quantize`; only together with ``clip``.
-    """
-    steps, shift, codes = _grid(lower, upper, bits, clamp_codes)
-    span, ends = upper - lower, (lower, upper)
-    if clip and span.requires_grad:
-        with torch.no_grad():  # how far the outermost levels lie beyond, in spans; the rounding is constant
-            beyond = [(code - shift) / steps - bound / span for code, bound in zip(codes, ends)]
-            still = span.detach()
-        change = span - still  # zero: the ends have the values of the bounds and the gradients of the levels
-        ends = tuple(bound + part * change for bound, part in zip(ends, beyond))
-    ends = ends if clip else None
-    return fake_quantize(x, span, steps, codes, bounds=ends, shift=shift, ties="split", only_read=only_read)
-
-
-def _qparams(lower: Tensor, upper: Tensor, bits: int, clamp_codes: bool) -> QParams:
-    steps, shift, codes = _grid(lower, upper, bits, clamp_codes)
-    return QParams((upper - lower) / steps, shift, *(int(code) for code in codes))
 
 
 @register_quantizer("ddtb_weight")
@@ -131,7 +79,7 @@ class DDTBWeightQuantizer(Quantizer):
 
     def qparams_of(self, weight: Tensor, bits: int | None = None) -> QParams:
         """Grid of a given weight; this quantizer has no range of its own."""
-        return _qparams(*self._bounds(weight), bits or self.candidates[0], self.options.clamp_codes)
+        return grid_between(*self._bounds(weight), bits or self.candidates[0], self.options.clamp_codes)
 
     def extra_storage_bits(self) -> int:
         """A 32-bit step and a 32-bit zero point are stored with the codes."""
@@ -293,7 +241,7 @@ class DDTBQuantizer(Quantizer):
         if self._dynamic and self._gate_on:
             raise NotImplementedError(f"{self.site}: its gate makes a grid for each image")
         lower, upper, bits = self._select(bits or self.candidates[0])
-        return _qparams(lower.detach(), upper.detach(), bits, self.options.clamp_codes)
+        return grid_between(lower.detach(), upper.detach(), bits, self.options.clamp_codes)
 
     def range_parameters(self) -> list[nn.Parameter]:
         """The bounds."""

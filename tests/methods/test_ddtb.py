@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qsr_plugin.losses.context import StepContext
 from qsr_plugin.losses.gate_loss import GateLoss
-from qsr_plugin.methods.ddtb import DDTBQuantizer, DDTBWeightQuantizer, quantize_between
+from qsr_plugin.methods.ddtb import DDTBQuantizer, DDTBWeightQuantizer
 from qsr_plugin.methods.ddtb_gate import GATE_LOGITS, Gate, apart, rescale
+from qsr_plugin.methods.ddtb_grid import quantize_between
 from qsr_plugin.models.stages import StageSchedule, parameter_groups
 from qsr_plugin.options_file import load_options, options_folder
 from qsr_plugin.quant.calibrate import calibrate
