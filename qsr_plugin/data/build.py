@@ -19,11 +19,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 
 from qsr_plugin.data import resize
 from qsr_plugin.data.images import list_images, read_rgb, to_uint8
 from qsr_plugin.data.store import COMPRESSION, META_NAME, Journal, LmdbWriter, write_meta_info
+from qsr_plugin.progress import track
 
 GT_NAME, LQ_NAME, JOURNAL_NAME = "GT.lmdb", "LQ.lmdb", "build.jsonl"
 _MAX_STEM = 200  # an LMDB key has at most 511 bytes
@@ -139,7 +140,7 @@ def build_lmdb_pair(
         min_std: Sub-images with a standard deviation below this (grey levels, 0..255) are left out; 0 keeps all.
         skip_bad: Leave out photos that cannot be read, and count them, instead of stopping.
         overwrite: Delete databases that are already in ``out`` and start again.
-        progress: Draw a progress bar.
+        progress: Show how far it is.
 
     Returns:
         Counts and sizes.
@@ -223,16 +224,8 @@ def _add_photos(
     """Add photos one by one: GT, then LQ, then the journal, each safe on disk before the next."""
     if not paths:
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with LmdbWriter(folders[0]) as gt, LmdbWriter(folders[1]) as lq, Progress(*columns, disable=not progress) as bar:
-        for path in bar.track(paths, description="photos"):
+    with LmdbWriter(folders[0]) as gt, LmdbWriter(folders[1]) as lq:
+        for path in track(paths, "photos", Console()) if progress else paths:
             try:
                 image = to_uint8(read_rgb(path))
             except ValueError as error:

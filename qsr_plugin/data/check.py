@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.progress import track
+from rich.console import Console
 
 from qsr_plugin.data.images import read_rgb
 from qsr_plugin.data.sources import FolderSource, LmdbSource, Source, open_source, some
 from qsr_plugin.data.store import META_NAME
+from qsr_plugin.progress import track
 
 DATASET_TYPE = "PairedImageDataset"
 
@@ -67,7 +68,7 @@ def check_pair(
         exact: GT must be exactly ``scale`` times LQ, as in training. Otherwise GT may be larger by less than ``scale``
             pixels a side, which the host cuts off in validation.
         sample: Decode only this many pairs, spread evenly; None decodes all. Names and keys are always checked in full.
-        progress: Draw a progress bar while decoding.
+        progress: Show how far the decoding is.
 
     Returns:
         The problems found; empty if the pair can be used.
@@ -95,7 +96,7 @@ def check_pair(
             pairs = _folder_pairs(*sources, filename_tmpl, meta_info_file, problems)
         if sample is not None and sample < len(pairs):
             pairs = [pairs[index * len(pairs) // sample] for index in range(sample)]
-        for gt_name, lq_name in track(pairs, description="decoding", disable=not progress):
+        for gt_name, lq_name in track(pairs, "decoding", Console()) if progress else pairs:
             problems += _check_images((sources[0], gt_name), (sources[1], lq_name), scale, gt_size, exact)
     return problems
 
@@ -106,7 +107,7 @@ def check_options(opt: Mapping[str, object], *, sample: int | None = 16, progres
     Args:
         opt: The options as read from YAML, before or after the host has parsed them.
         sample: Decode only this many pairs of each data set; None decodes all.
-        progress: Draw a progress bar while decoding.
+        progress: Show how far the decoding is.
 
     Returns:
         The problems of all data sets; empty if the run can start. Data sets of other types are not looked at.
