@@ -10,10 +10,10 @@ import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-#: Limit, use and the name of reclaimable use of a control group, by its version.
+#: Limit and use of a control group, and what its figures of memory begin with, by its version.
 _GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
 }
 #: Taken to be free where the system does not say.
 _ASSUMED = 2 * 2**30
@@ -52,10 +52,8 @@ def free_memory(device: torch.device) -> int:
 
 def _left_by_limits() -> Iterator[int]:
     """What the limits of the control groups leave that this process is in, of both versions and all levels."""
-    if not _OWN_GROUPS.is_file():
-        return
-    for line in _OWN_GROUPS.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in _read(_OWN_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
         if controllers == "":
             top, files = _GROUPS, _GROUP_FILES[2]
         elif "memory" in controllers.split(","):
@@ -68,11 +66,18 @@ def _left_by_limits() -> Iterator[int]:
                 yield from _left_in(group, *files)
 
 
-def _left_in(group: Path, limit: str, use: str, reclaimable: str) -> Iterator[int]:
+def _left_in(group: Path, limit: str, use: str, prefix: str) -> Iterator[int]:
+    most, used = _read(group / limit), _read(group / use)
+    if most.isdecimal() and used.isdecimal():
+        lines = (line.split() for line in _read(group / "memory.stat").splitlines())
+        figures = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdecimal()}
+        of_files = sum(figures.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
+        yield max(int(most) - int(used) + of_files, 0)
+
+
+def _read(path: Path) -> str:
+    """A text of the system; nothing if it cannot be read, because a guess about memory must not end any work."""
     try:
-        most, used = ((group / name).read_text().strip() for name in (limit, use))
-        of_cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
-        return
-    if most != "max":
-        yield max(int(most) - int(used) + int(of_cache.get(reclaimable, 0)), 0)
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,16 @@ def images() -> list[torch.Tensor]:
     """Three batches of two 8x8 RGB images in [0, 1], always the same."""
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(2, 3, 8, 8, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["changed", "read"])
+def both_uses(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Quantizers whose result may be changed in place, and those whose result is only read, as before a convolution."""
+    from qsr_plugin.quant.quantizer import Quantizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quantizer, "only_read", request.param)
+        yield
 
 
 @pytest.fixture

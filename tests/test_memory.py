@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,44 +25,54 @@ def test_a_system_that_does_not_say_is_taken_to_have_two_gibibytes(tmp_path: Pat
 
 
 GROUPS = {
-    1: ("4:memory:/", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("0::/", "", "memory.max", "memory.current", "inactive_file"),
+    1: ("4:memory:/", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("0::/", "", "memory.max", "memory.current", ""),
 }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.fixture(params=[1, 2])
+def group(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Writes the files of a control group and gives the free memory of a process in ``jobs/this``."""
+    line, top, limit_file, use_file, prefix = GROUPS[request.param]
+    told, own, groups = tmp_path / "meminfo", tmp_path / "own", tmp_path / "groups"
+    told.write_text("MemAvailable:    7 kB\n")
+    own.write_text(f"1:name=systemd:/else\n\n{line}jobs/this\n")
+    for name, path in (("_MEMINFO", told), ("_OWN_GROUPS", own), ("_GROUPS", groups)):
+        monkeypatch.setattr(memory, name, path)
+
+    def write(path: str, limit: str, stat: str | None = "{0}active_file 300\n{0}inactive_file 200") -> int:
+        folder = groups / top / path
+        folder.mkdir(parents=True)
+        (folder / limit_file).write_text(f"{limit}\n")
+        (folder / use_file).write_text("3000\n")
+        if stat is not None:
+            (folder / "memory.stat").write_text("rss 1\n" + stat.format(prefix) + "\n")
+        return memory.free_memory(torch.device("cpu"))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("path", "limit", "free"),
     [
-        ("jobs/this", "5000", 5000 - 3000 + 500),
-        ("jobs", "5000", 5000 - 3000 + 500),  # the limit of a group holds for those in it
-        ("", "5000", 5000 - 3000 + 500),  # what a container sees of its own group
+        ("jobs/this", "5000", 5000 - 3000 + 300 + 200),
+        ("jobs", "5000", 5000 - 3000 + 300 + 200),  # the limit of a group holds for those in it
+        ("", "5000", 5000 - 3000 + 300 + 200),  # what a container sees of its own group
         ("jobs/this", "2000", 0),
         ("jobs/this", str(2**60), 7 * 1024),
+        ("jobs/this", "max", 7 * 1024),
+        ("jobs/this", "", 7 * 1024),
     ],
 )
-def test_the_limit_of_a_container_counts(
-    tmp_path: Path, monkeypatch, version: int, path: str, limit: str, free: int
-) -> None:
-    line, top, limit_file, use_file, reclaimable = GROUPS[version]
-    (tmp_path / "meminfo").write_text("MemAvailable:    7 kB\n")
-    (tmp_path / "own").write_text(f"1:name=systemd:/else\n{line}jobs/this\n")
-    group = tmp_path / "groups" / top / path
-    group.mkdir(parents=True)
-    for name, text in ((limit_file, limit), (use_file, "3000"), ("memory.stat", f"rss 1\n{reclaimable} 500")):
-        (group / name).write_text(f"{text}\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    assert memory.free_memory(torch.device("cpu")) == free
+def test_the_limit_of_a_container_counts(group: Callable[..., int], path: str, limit: str, free: int) -> None:
+    assert group(path, limit) == free
 
 
-def test_a_group_without_limit_counts_as_none(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "own").write_text("0::/\n")
-    for name, text in (("memory.max", "max"), ("memory.current", "3000"), ("memory.stat", "inactive_file 1")):
-        (tmp_path / name).write_text(f"{text}\n")
-    (tmp_path / "meminfo").write_text("MemAvailable:    7 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    assert memory.free_memory(torch.device("cpu")) == 7 * 1024
+@pytest.mark.parametrize("stat", [None, "", "a line of words", "{0}inactive_file many"])
+def test_without_figures_of_files_all_use_counts(group: Callable[..., int], stat: str | None) -> None:
+    assert group("jobs/this", "5000", stat) == 2000
+
+
+def test_groups_that_cannot_be_read_are_passed_over(tmp_path: Path, group: Callable[..., int]) -> None:
+    (tmp_path / "own").write_bytes(b"0::/\xff\n")
+    assert group("jobs/this", "5000") == 7 * 1024

@@ -43,7 +43,7 @@ def quantize_between(
         bits: Bit width, a number or broadcastable to ``x``.
         clamp_codes: ``2^b`` levels at most, instead of up to ``2^b + 1``.
         clip: False where nothing lies beyond the bounds: every element then has gradient one.
-        only_read: See :func:`fake_quantize`; only together with ``clip``.
+        only_read: See :func:`fake_quantize`.
     """
     steps, shift, codes = _grid(lower, upper, bits, clamp_codes)
     span, ends = upper - lower, (lower, upper)

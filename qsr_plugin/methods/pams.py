@@ -86,7 +86,8 @@ class PAMSQuantizer(Quantizer):
         limits = int_limits(bits, narrow=True)
         if isinstance(bits, int) and self.only_read:
             return quantize_levels(x, alpha, limits[1], limits, ties="split")
-        return fake_quantize(x, alpha, limits[1], limits, bounds=(-alpha, alpha), ties="split")
+        ends = (-alpha, alpha)
+        return fake_quantize(x, alpha, limits[1], limits, bounds=ends, ties="split", only_read=self.only_read)
 
     def track(self, x: Tensor, momentum: float) -> None:
         """Set alpha from this batch."""

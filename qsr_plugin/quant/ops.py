@@ -159,7 +159,7 @@ def fake_quantize(
             inequality) or ``split``, half and half (element-wise minimum and maximum).
         steepness: Steepness of the soft staircase; 0 for straight-through rounding. Not together with an anchor.
         only_read: Whether the result is never changed in place: the backward pass then keeps it, not the rounding
-            error, which saves a tensor where a convolution keeps it as well. Only together with bounds.
+            error, which saves a tensor where a convolution keeps it as well.
 
     Returns:
         Fake-quantized tensor with the shape and dtype of ``x``.
@@ -182,7 +182,7 @@ class _FakeQuantize(torch.autograd.Function):
         error = None
         if steepness or any(ctx.needs_input_grad[1:3]):
             error = y if only_read else torch.sub(y, wide)  # whoever gets the result may change it in place
-        kept = wide if upper is not None or steepness else None
+        kept = wide if upper is not None or steepness or only_read else None
         ctx.save_for_backward(kept, error, span, lower, upper, steps if isinstance(steps, Tensor) else None)
         ctx.ties, ctx.wide, ctx.steepness, ctx.steps, ctx.only_read = ties, wide.dtype, steepness, steps, only_read
         return y.to(x.dtype)
@@ -249,7 +249,7 @@ class _QuantizeLevels(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102
         x, y, span = ctx.saved_tensors
         wide, need_span = grad.to(ctx.wide), ctx.needs_input_grad[1]
-        lower, upper = (limit / ctx.steps * span for limit in ctx.limits)  # in this order exact where the span is one
+        lower, upper = (limit / ctx.steps * span for limit in ctx.limits)  # exact where a bound is the span
         inside, _, _ = passes.divide(wide, x, lower, upper, ctx.ties, False, False)
         through, total = inside, None
         if ctx.steepness:

@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
         site: Dotted name of the place, for messages; set when the network is quantized.
         counts_in_fab: Whether the feature average bit width counts this place; layers at bits of their own do not.
         bits_span: Smallest and largest bit width this class can do.
-        only_read: Whether nobody changes its result in place, so that a backward pass may read it; set likewise.
+        only_read: Whether nobody changes its result in place, so that a backward pass may read it; set with ``site``.
     """
 
     Options: ClassVar[type[StrictOptions]] = StrictOptions
@@ -81,6 +81,7 @@ class Quantizer(nn.Module):
     tracking: ClassVar[Literal["momentum", "mean", None]] = None
     #: Whether there is a gate that can rescale the range for each image.
     gated: ClassVar[bool] = False
+    only_read: bool = False
     #: 0-d bool buffers that calibration decides; the mirror ``_<name>`` of each spares forwards to ask the device.
     decisions: ClassVar[tuple[str, ...]] = ()
     #: Whether activations get a number per channel: the constructor then takes how many as ``channels``.
@@ -91,7 +92,7 @@ class Quantizer(nn.Module):
     def __init__(self, options: StrictOptions, candidates: tuple[int, ...], role: Role, channel_axis: int) -> None:
         super().__init__()
         self.options, self.candidates, self.role, self.channel_axis = options, candidates, role, channel_axis
-        self.site, self.only_read = "", False
+        self.site = ""
         self.counts_in_fab = role == "act"
         self._observer: Observer | None = None
         self._tracking: float | str | None = None

@@ -94,7 +94,7 @@ class Site:
         out = quantize_with(quantizer, x, decision)
         if record is not None and record.keep_pairs:
             record.pairs[quantizer.site + operand] = (x, out)
-            return out if quantizer.only_read else out.clone()  # what comes next may work in place
+            return out if port in self.read_ports else out.clone()  # what comes next may work in place
         return out
 
     def quantized_weight(self) -> Tensor:

@@ -76,7 +76,9 @@ class StepQuantizer(SignedByData):
         if isinstance(bits, int) and self.only_read:
             return quantize_levels(x, step, 1.0, (qmin, qmax), ties=self.ties, steepness=steepness)
         ends = (qmin * (step if self._signed else step.detach()), qmax * step)
-        return fake_quantize(x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness)
+        return fake_quantize(
+            x, step, 1.0, (qmin, qmax), bounds=ends, ties=self.ties, steepness=steepness, only_read=self.only_read
+        )
 
     def make_observer(self) -> Observer:
         """Mean magnitude, and whether there are values below zero."""

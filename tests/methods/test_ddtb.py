@@ -24,6 +24,8 @@ from qsr_plugin.quant.schema import Stage
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 from tests.quant.test_quantizers import NoHostSync
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 C = 4
 variants = pytest.mark.parametrize("variant", ["per_sample", "released"])
 

@@ -19,6 +19,8 @@ from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.schema import Stage
 from tests.quant.builders import calibrate_on
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 
 def close(got: Tensor, want: list, digits: int = 7) -> None:
     wanted = torch.tensor(want, dtype=torch.float32).flatten()

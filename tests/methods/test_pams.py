@@ -10,6 +10,8 @@ from qsr_plugin.losses.distill_loss import SKTLoss, energy_map
 from qsr_plugin.methods.pams import MaxAbsQuantizer, PAMSQuantizer
 from qsr_plugin.quant.schema import Stage
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 X = [-1.6, -0.4, 0.0, 0.1, 0.36, 0.93, 1.0, 2.5]
 WEIGHT = [0.7, -0.35, 0.05, -0.02, 0.49]
 

@@ -18,6 +18,8 @@ from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 from tests.quant.builders import calibrate_on
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 
 def close(got: Tensor, want: list, digits: int = 6) -> None:
     wanted = torch.tensor(want, dtype=torch.float32).flatten()

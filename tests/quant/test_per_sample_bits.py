@@ -7,6 +7,8 @@ import torch
 
 from tests.quant.builders import ACTS, build, data, over
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 CANDIDATES = (2, 3, 4, 8)
 
 

@@ -36,6 +36,8 @@ from tests.quant.builders import (
     ranges,
 )
 
+pytestmark = pytest.mark.usefixtures("both_uses")
+
 BITS = (2, 3, 4, 8)
 layouts = pytest.mark.parametrize("layout", ["NCHW", "NLC"])
 widths = pytest.mark.parametrize("bits", BITS)

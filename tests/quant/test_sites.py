@@ -190,6 +190,15 @@ def test_an_activation_may_change_a_quantized_output_in_place(name: str, role: s
     assert torch.equal(*found) and bool(found[0].abs().sum() > 0)
 
 
+def test_results_are_kept_where_only_a_convolution_reads_them() -> None:
+    ports = ("input", "weight", "output")
+    rules = [{"match": "0", "port": port} for port in ports]
+    net = quantize_model(nn.Sequential(nn.Conv2d(1, 1, 1)), recipe(4, *rules))
+    assert [net[0].quantizer(port).only_read for port in ports] == [True, True, False]
+    block = quantize_model(BlockNet(), recipe(4, {"match": "block", "port": "input"})).block
+    assert not block.quantizer("input").only_read
+
+
 def test_classes_are_made_once_and_know_their_ports() -> None:
     assert derived_class(PortSite, Block) is derived_class(PortSite, Block)
     assert site_class_for(nn.Conv2d(1, 1, 1), {"weight"}) is QuantConv2d
