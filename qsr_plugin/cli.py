@@ -253,7 +253,8 @@ def _report_of_quantized(net: Any, float_net: Any, crops: Any, test: Any, result
         for name, one in (("float", float_net), (method_label(net.recipe), net)):
             score = evaluate(one, *test, progress=lambda pairs, name=name: track(pairs, f"testing {name}", console))
             costs = complexity(one, bits=score.place_bits)
-            rows[name], results[name] = (costs, score), {"set": _set_name(test[0]), **score.to_dict()}
+            spent = {"bitops": costs.bitops, "storage_bits": costs.storage_bits}
+            rows[name], results[name] = (costs, score), {"set": _set_name(test[0]), **score.to_dict(), **spent}
         console.print(results_table(rows, title=str(test[0])))
     results["complexity"] = costs.to_dict()
 

@@ -102,8 +102,8 @@ def _point(
     path: Path, label: str, test: str, score: Mapping[str, Any], costs: Mapping[str, Any], where: str, way: tuple
 ) -> Point:
     figures = {"psnr": _key(path, score, "psnr", where.rstrip("."))}
-    for name in FIGURES:  # mean bits are those on this set, if it was looked at
-        value = score.get(name, costs.get(name)) if name == "fab" else costs.get(name)
+    for name in FIGURES:  # those on this set, if the file has them
+        value = score.get(name, costs.get(name))
         if value is not None:
             figures[name] = value
     for name, value in figures.items():
