@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,6 +13,13 @@ import yaml
 
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.quant.recipe import load_recipe
+
+#: Options that no shipped file sets, and that may be set from the command line all the same.
+_UNSET = {("val", "depth"), ("val", "patches")}
+#: How alike a key and a known one are, from 0 to 1, for the first to be taken for a slip.
+_ALIKE = 0.85
+#: What is checked key by key elsewhere: constructors refuse unknown arguments, recipes are strict.
+_CHECKED_ELSEWHERE = ("network_g", "recipe")
 
 #: Prefix in ``_base_`` and ``starts_from`` for files shipped with the package.
 SHIPPED = "qsr:"
@@ -64,10 +72,41 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         for base in [bases] if isinstance(bases, str) else bases:
             merged.merge_from_dict(assemble(_locate(base, path), (*seen, path)))
+        for key in merged:
+            if key not in _CHECKED_ELSEWHERE:
+                _refuse_misspelt(data.get(key), merged[key], f"{key}.", path)
+        _refuse_misspelt(data, merged, "", path, deep=False)
         merged.merge_from_dict(data)
     except (TypeError, KeyError) as error:  # a mapping over a plain value
         raise OptionsError(f"{path} does not merge with its _base_: {error.args[0]}") from None
     return merged.to_dict()
+
+
+def _refuse_misspelt(data: Any, base: Any, where: str, path: Path, *, deep: bool = True) -> None:
+    """Refuse keys that are in no base but look like one that is: the host takes any key and reads what it knows.
+
+    Raises:
+        OptionsError: For the first of them.
+    """
+    if not isinstance(data, Mapping) or not isinstance(base, Mapping) or data.get("_delete_"):
+        return
+    for key, value in data.items():
+        if key in base:
+            if deep:
+                _refuse_misspelt(value, base[key], f"{where}{key}.", path)
+            continue
+        close = difflib.get_close_matches(str(key), map(str, base), n=1, cutoff=_ALIKE)
+        if close and not _numbered_alike(str(key), close[0]):
+            raise OptionsError(
+                f"{path}: {where}{key} is in no _base_. Did you mean '{close[0]}'? If it is right, give it in a file "
+                "of its own and name that in _base_ as well."
+            )
+
+
+def _numbered_alike(one: str, other: str) -> bool:
+    """Whether names differ in a last letter or number after an underscore, as network_g and network_d do."""
+    (stem, _, end), (other_stem, _, other_end) = one.rpartition("_"), other.rpartition("_")
+    return stem == other_stem != "" and len(end) == len(other_end) == 1
 
 
 def _locate(base: str, origin: Path) -> Path:
@@ -120,12 +159,15 @@ def _force(options: dict[str, Any], entry: str) -> None:
     *parents, last = keys.strip().split(":")
     if parents[:1] == ["recipe"] and "recipe" in options:
         options["recipe"] = load_recipe(options["recipe"]).to_dict()
+    path = (*parents, last)
     place: Any = options
-    for key in parents:
-        place = place.get(key) if isinstance(place, dict) else None
-    if not equals or not isinstance(place, dict) or last not in place:
-        known = place if isinstance(place, dict) else options
-        raise OptionsError(f"--force_yml {entry}: no option '{keys.strip()}'. {suggest(last, known)}")
+    for depth, key in enumerate(path, 1):
+        known = place if isinstance(place, dict) else {}
+        free = place is known and depth > 1 and path[:2] in _UNSET
+        if not equals or not (free or key in known):
+            raise OptionsError(f"--force_yml {entry}: no option '{':'.join(path)}'. {suggest(key, known)}")
+        if depth < len(path):
+            place = place.setdefault(key, {})
     place[last] = yaml.safe_load(text)
 
 

@@ -28,6 +28,9 @@ from qsr_plugin.options_file import OptionsError, load_options, write_options
 
 logger = logging.getLogger("basicsr")
 
+#: Exit status of a program that Ctrl-C ended.
+_INTERRUPTED = 130
+
 
 def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into what is handled here and what is left to the host.
@@ -230,6 +233,10 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
             getattr(module, f"{pipeline}_pipeline")(os.getcwd())
     except (UserError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        hint = "; --auto_resume goes on from the newest saved state" if pipeline == "train" else ""
+        sys.stderr.write(f"interrupted{hint}\n")
+        raise SystemExit(_INTERRUPTED) from None
     _leave_process_group()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qsr_plugin.archs.quant_net_arch import build_backbone
-from qsr_plugin.errors import UserError
+from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.options_file import assemble, backbone_options, options_folder, parse_bits, scale_of, write_options
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
@@ -77,14 +77,20 @@ def _trains(recipe: Recipe) -> bool:
 
 
 def check_jobs(jobs: Sequence[tuple[str, str]]) -> None:
-    """Refuse trainings that would write over each other.
+    """Refuse methods there are none of, and trainings that would write over each other.
 
     Args:
         jobs: Method (shipped recipe, or a recipe file) and bits of every training.
 
     Raises:
-        ComparisonError: If two have one name.
+        ComparisonError: If a method is unknown, or two trainings have one name.
     """
+    for method, _ in jobs:
+        if Path(method).suffix in (".yml", ".yaml"):
+            if not Path(method).is_file():
+                raise ComparisonError(f"recipe file {method} does not exist")
+        elif method not in list_methods():
+            raise ComparisonError(f"unknown method '{method}'. {suggest(method, list_methods())}")
     taken: dict[str, tuple[str, str]] = {}
     for job in jobs:
         other = taken.setdefault(run_name(*job), job)

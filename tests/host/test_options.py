@@ -114,6 +114,48 @@ def test_forced_values_and_shipped_weights(tmp_path: Path) -> None:
     assert Path(options["path"]["pretrain_network_float"]).is_file()
     with pytest.raises(OptionsError, match="no option 'datasets:train:gtsize'. Did you mean 'gt_size'"):
         load_options(file, ["datasets:train:gtsize=64"])
+    with pytest.raises(OptionsError, match="no option 'datasets:trian:gt_size'. Did you mean 'train'"):
+        load_options(file, ["datasets:trian:gt_size=64"])
+
+
+def test_what_no_shipped_file_sets_can_be_forced(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yml", '_base_: ["qsr:train/quantsr/edsr_small_x4_w4a4.yml"]\n')
+    val = load_options(file, ["val:depth=2", "val:patches:size=48", "val:patches:overlap=4"])["val"]
+    assert val["depth"] == 2 and val["patches"] == {"size": 48, "overlap": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {total_iters: 40}", "train.total_iters is in no _base_. Did you mean 'total_iter'"),
+        ("datasets: {train: {gtsize: 64}}", "datasets.train.gtsize is in no _base_. Did you mean 'gt_size'"),
+        ("val: {val_feq: 20}", "val.val_feq is in no _base_. Did you mean 'val_freq'"),
+    ],
+)
+def test_a_key_that_looks_like_one_of_a_base_is_a_slip(tmp_path: Path, text: str, says: str) -> None:
+    base = '_base_: ["qsr:train/lsq/edsr_small_x4_w4a4.yml"]\n'
+    with pytest.raises(OptionsError, match=says):
+        load_options(write(tmp_path / "a.yml", base + text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path: {pretrain_network_d: d.pth}",
+        "train: {optim_d: {type: Adam, lr: 1.0e-4}, ema_decay: 0.9}",
+        "datasets: {val_2: {name: mine, type: PairedImageDataset}}",
+        "train: {scheduler: {_delete_: true, type: CosineAnnealingRestartLR, milestone: [5]}}",
+    ],
+)
+def test_other_keys_of_the_host_are_taken(tmp_path: Path, text: str) -> None:
+    base = '_base_: ["qsr:train/lsq/edsr_small_x4_w4a4.yml"]\n'
+    load_options(write(tmp_path / "a.yml", base + text))
+
+
+def test_a_key_that_looks_like_a_slip_is_taken_from_a_base_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "own.yml", "train: {total_iters: 40}")
+    text = '_base_: ["qsr:train/lsq/edsr_small_x4_w4a4.yml", own.yml]\n'
+    assert load_options(write(tmp_path / "a.yml", text))["train"]["total_iters"] == 40
 
 
 def test_values_that_do_not_merge_are_an_error(tmp_path: Path) -> None:

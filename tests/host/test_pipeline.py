@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsr_plugin import compat, load_quantized
+from qsr_plugin import compat, load_quantized, train
 from tests.host import harness
 
 compat.import_host()
@@ -128,3 +128,16 @@ from qsr_plugin.memory import keep_freed_memory
 print(keep_freed_memory() or platform.libc_ver()[0] != "glibc")
 """
     assert run_python(code).strip() == "True"
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "resolved_command", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["-opt", "any.yml"])
+    assert caught.value.code == 130
+    assert "interrupted; --auto_resume goes on" in capsys.readouterr().err

@@ -105,11 +105,22 @@ def test_pixel_range_is_that_inside_the_network(settings: Settings) -> None:
         assert recipe["stages"][0]["lr"]["ranges"] == pytest.approx(rate)
 
 
-def test_jobs_of_one_name_are_refused() -> None:
+def test_jobs_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would train in one folder; the same job twice is done once."""
-    comparison_options.check_jobs([("odm", "W4A4"), ("odm", "W2A2"), ("mine/pams.yml", "W4A4"), ("odm", "W4A4")])
-    with pytest.raises(ComparisonError, match="odm W4A4 and mine/odm.yml W4A4 would both be kept as odm_w4a4"):
-        comparison_options.check_jobs([("odm", "W4A4"), ("mine/odm.yml", "W4A4")])
+    monkeypatch.chdir(tmp_path)
+    for name in ("pams.yml", "odm.yml"):
+        Path(name).write_text("recipe: {base: pams}", "utf-8")
+    comparison_options.check_jobs([("odm", "W4A4"), ("odm", "W2A2"), ("pams.yml", "W4A4"), ("odm", "W4A4")])
+    with pytest.raises(ComparisonError, match="odm W4A4 and odm.yml W4A4 would both be kept as odm_w4a4"):
+        comparison_options.check_jobs([("odm", "W4A4"), ("odm.yml", "W4A4")])
+
+
+@pytest.mark.parametrize(
+    ("method", "says"), [("lsqq", "unknown method 'lsqq'. Did you mean 'lsq'"), ("no.yml", "no.yml does not exist")]
+)
+def test_unknown_methods_are_refused_before_anything_trains(method: str, says: str) -> None:
+    with pytest.raises(ComparisonError, match=says):
+        comparison_options.check_jobs([("odm", "W4A4"), (method, "W4A4")])
 
 
 def test_time_is_the_median_between_lines_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +167,12 @@ def test_whole_comparison(
 ) -> None:
     """One method trains, two fail each in its own row; a second call trains nothing anew; other settings are refused."""
     tool, out = script("compare_methods"), tmp_path / "out"
-    broken = tmp_path / "broken.yml"
+    broken, nothing = tmp_path / "broken.yml", tmp_path / "nothing.yml"
+    nothing.write_text("recipe: {base: of_nothing}", "utf-8")
     lr = {"weights": 1.0e30, "ranges": 1.0e-3}
     broken.write_text(yaml.safe_dump({"recipe": {"base": "pams", "losses": [], "stages": [{"lr": lr}]}}), "utf-8")
     arguments: dict[str, Any] = {
-        "backbone": str(network.backbone), "weights": network.weights, "methods": f"{broken},pams,nothing",
+        "backbone": str(network.backbone), "weights": network.weights, "methods": f"{broken},pams,{nothing}",
         "bits": "W4A4", "placement": "published", "iters": 20, "batch": 2, "lq_size": 8, "lr": None,
         "milestones": "0.5,0.75", "seed": 0, "data": inputs[0], "test": [inputs[1]],
     }  # fmt: skip
@@ -195,6 +207,7 @@ def test_whole_comparison(
     assert again == [rows["float"], row]
     with pytest.raises(SystemExit):
         tool.main(out=out, **{**arguments, "iters": 21})
+    (tmp_path / "pams.yml").write_text("recipe: {base: pams}", "utf-8")
     with pytest.raises(SystemExit):
         tool.main(out=out, **{**arguments, "methods": f"pams,{tmp_path / 'pams.yml'}"})
     assert "would both be kept as pams_w4a4" in " ".join(capsys.readouterr().err.split())
