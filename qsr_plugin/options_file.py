@@ -55,7 +55,7 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file merged over its bases, in order; read here because mmengine's own reader builds Python objects.
 
     Raises:
-        OptionsError: For a missing, unsafe or circular file, or values that do not merge.
+        OptionsError: For a missing, unsafe or circular file, values that do not merge, or a misspelt key.
     """
     from mmengine.config import Config
 
