@@ -1,7 +1,7 @@
 """Labels of the dots of a plot, so that none covers another, and no dot or line as far as there is room.
 
-Where many dots touch, each group of them has one column of labels at its right, in the order of the dots and with a
-line to each. Elsewhere every label stands beside its dot, at the best of many places around it.
+Every label stands beside its dot, at the best of many places around it. Where many dots touch, or labels so placed
+would cover each other, each group of dots has a column of labels at its right, in their order and with a line to each.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def write_labels(
     sides = np.array([_sides(axes, label, size) for label in labels])
     frame = axes.get_window_extent(renderer).extents
     leader = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    if _largest_crowd(pixels, 2 * _DOT * unit) >= _CROWD:
-        places = _columns(pixels, sides, frame, unit)
-        side, leader, far = "left", {**leader, "relpos": (0, 0.5)}, np.full(len(labels), np.inf)
-    else:
+    side, crowded = "center", _largest_crowd(pixels, 2 * _DOT * unit) >= _CROWD
+    if not crowded:
         segments = np.array([axes.transData.transform(line) for line in lines]).reshape(-1, 2, 2)
         places, far = _beside(pixels, sides + 2 * _PAD * unit, frame, np.array(taken).reshape(-1, 4), segments, unit)
-        side = "center"
+        boxes = np.hstack([places - sides / 2, places + sides / 2])
+        crowded = _overlaps(boxes, boxes).sum() > len(boxes)  # each overlaps itself
+    if crowded:
+        places = _columns(pixels, sides, frame, unit)
+        side, leader, far = "left", {**leader, "relpos": (0, 0.5)}, np.full(len(labels), np.inf)
     for point, label, colour, place, distance in zip(
         points, labels, colours, axes.transData.inverted().transform(places), far
     ):
