@@ -10,6 +10,7 @@ from qsr_plugin import compat
 from qsr_plugin.losses.context import StepContext
 from qsr_plugin.methods.adabm import AdaBMOptions, AdaBMPolicy, BitAwareQuantizer, ImageBits
 from qsr_plugin.methods.minmax_percentile import SymmetricQuantizer
+from qsr_plugin.options_file import options_folder
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.record import ForwardRecord, fitting
@@ -190,3 +191,24 @@ def test_every_part_learns(tiny_net, images) -> None:
     loss.backward()
     assert all(p.grad is not None and bool(p.grad != 0) for p in [q.offset for _, q in policies(net)])
     assert bool(net.bit_policy.lower.grad != 0) and bool(net.bit_policy.upper.grad != 0)
+
+
+def test_the_percentile_variant_changes_ranges_and_the_price_of_bits_alone(tiny_net, images) -> None:
+    path = options_folder() / "ablations/adabm_percentile.yml"
+    published, variant = load_recipe("adabm").to_dict(), load_recipe(path).to_dict()
+    *kept, price = published.pop("losses")
+    *same, cheaper = variant.pop("losses")
+    assert same == kept and cheaper == price | {"loss_weight": cheaper["loss_weight"]}
+    assert cheaper["loss_weight"] < price["loss_weight"]
+    widest, narrower = (
+        {
+            name: q.upper.item()
+            for name, q in quantizers(calibrate(quantize_model(tiny_net(), recipe), images))
+            if q.role == "act"
+        }
+        for recipe in (load_recipe("adabm", calibration={"fit": 0}), load_recipe(path, calibration={"fit": 0}))
+    )
+    assert all(0 < narrower[name] <= upper for name, upper in widest.items()) and narrower != widest
+    published.pop("method"), variant.pop("method")
+    assert variant["quantizers"].pop("act") == published["quantizers"].pop("act") | {"observer": "percentile"}
+    assert variant == published
