@@ -104,7 +104,8 @@ def quantize(
     results: dict[str, Any] = {"weights": str(weights), "model": str(out)}
     results["seconds"] = _post_training(net, float_net if tuned else None, crops)
     save_quantized(net, out)
-    _report_of_quantized(net, float_net, crops[0], test and (*test, scale), results)
+    net._last_record = None  # bits chosen on calibration crops are no figure of the network
+    _report_of_quantized(net, float_net, test and (*test, scale), results)
     write_json(results, out.with_suffix(".json"))
     console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False)
 
@@ -233,21 +234,18 @@ def _print_shares(done: str, seconds: dict[str, float]) -> None:
             console.print(f"  {name}: {one:.0f} s, {one / total:.0%}", highlight=False)
 
 
-def _report_of_quantized(net: Any, float_net: Any, crops: Any, test: Any, results: dict[str, Any]) -> None:
+def _report_of_quantized(net: Any, float_net: Any, test: Any, results: dict[str, Any]) -> None:
     """Print what a network costs, and on a test set how it scores beside the float one; fill in ``results``."""
-    import torch
-
     from qsr_plugin import complexity
-    from qsr_plugin.quant.record import evaluating
     from qsr_plugin.report.complexity import method_label
     from qsr_plugin.report.evaluate import evaluate
     from qsr_plugin.report.tables import results_table, summary_table
 
     if test is None:
-        with evaluating(net), torch.no_grad():
-            net(crops)  # where a policy chooses bits, these are what is counted
         costs = complexity(net)
         console.print(summary_table(costs))
+        if costs.fab is None:
+            console.print(f"'{net.recipe.method}' chooses bits by the image: for FAB and BitOPs, give --test HR LR")
     else:
         rows = {}
         for name, one in (("float", float_net), (method_label(net.recipe), net)):

@@ -16,8 +16,8 @@ from qsr_plugin.quant.recipe import load_recipe
 
 #: Options that no shipped file sets, and that may be set from the command line all the same.
 _UNSET = {("val", "depth"), ("val", "patches")}
-#: How alike a key and a known one are, from 0 to 1, for the first to be taken for a slip.
-_ALIKE = 0.85
+#: How alike a key and a known one are, from 0 to 1, for the first to be taken for a slip; blocks have few names.
+_ALIKE, _ALIKE_BLOCK = 0.85, 0.7
 #: What is checked key by key elsewhere: constructors refuse unknown arguments, recipes are strict.
 _CHECKED_ELSEWHERE = ("network_g", "recipe")
 
@@ -75,7 +75,7 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         for key in merged:
             if key not in _CHECKED_ELSEWHERE:
                 _refuse_misspelt(data.get(key), merged[key], f"{key}.", path)
-        _refuse_misspelt(data, merged, "", path, deep=False)
+        _refuse_misspelt(data, merged.to_dict(), "", path, deep=False)
         merged.merge_from_dict(data)
     except (TypeError, KeyError) as error:  # a mapping over a plain value
         raise OptionsError(f"{path} does not merge with its _base_: {error.args[0]}") from None
@@ -95,7 +95,7 @@ def _refuse_misspelt(data: Any, base: Any, where: str, path: Path, *, deep: bool
             if deep:
                 _refuse_misspelt(value, base[key], f"{where}{key}.", path)
             continue
-        close = difflib.get_close_matches(str(key), map(str, base), n=1, cutoff=_ALIKE)
+        close = difflib.get_close_matches(str(key), map(str, base), n=1, cutoff=_ALIKE if deep else _ALIKE_BLOCK)
         if close and not _numbered_alike(str(key), close[0]):
             raise OptionsError(
                 f"{path}: {where}{key} is in no _base_. Did you mean '{close[0]}'? If it is right, give it in a file "
@@ -165,7 +165,10 @@ def _force(options: dict[str, Any], entry: str) -> None:
         known = place if isinstance(place, dict) else {}
         free = place is known and depth > 1 and path[:2] in _UNSET
         if not equals or not (free or key in known):
-            raise OptionsError(f"--force_yml {entry}: no option '{':'.join(path)}'. {suggest(key, known)}")
+            raise OptionsError(
+                f"--force_yml {entry}: the file has no option '{':'.join(path)}'. {suggest(key, known)} Give a new one "
+                "in a YAML file that names this one in _base_."
+            )
         if depth < len(path):
             place = place.setdefault(key, {})
     place[last] = yaml.safe_load(text)

@@ -234,7 +234,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
     except (UserError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        hint = "; --auto_resume goes on from the newest saved state" if pipeline == "train" else ""
+        hint = "; --auto_resume goes on from the newest saved state, if there is one" if pipeline == "train" else ""
         sys.stderr.write(f"interrupted{hint}\n")
         raise SystemExit(_INTERRUPTED) from None
     _leave_process_group()

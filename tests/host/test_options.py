@@ -127,6 +127,8 @@ def test_what_no_shipped_file_sets_can_be_forced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("recepie: {bits: {act: 4}}", "recepie is in no _base_. Did you mean 'recipe'"),
+        ("trian: {total_iter: 40}", "trian is in no _base_. Did you mean 'train'"),
         ("train: {total_iters: 40}", "train.total_iters is in no _base_. Did you mean 'total_iter'"),
         ("datasets: {train: {gtsize: 64}}", "datasets.train.gtsize is in no _base_. Did you mean 'gt_size'"),
         ("val: {val_feq: 20}", "val.val_feq is in no _base_. Did you mean 'val_freq'"),
