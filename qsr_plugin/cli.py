@@ -74,7 +74,7 @@ def quantize(
     compat.import_host()
     from qsr_plugin import load_recipe, quantize_model, save_quantized
     from qsr_plugin.checkpoint import check_quantized_path
-    from qsr_plugin.data.calibration_set import crops_from_folder
+    from qsr_plugin.data.calibration_set import CROP, crops_from_folder
     from qsr_plugin.memory import keep_freed_memory
     from qsr_plugin.options_file import backbone_options, parse_bits, scale_of
     from qsr_plugin.quant.policy import policy_class
@@ -98,7 +98,9 @@ def quantize(
     float_net = _float_network(backbone, weights)
     net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
-    crops = crops_from_folder(images or photos, images=count, batch=batch, scale=1 if images else scale, seed=seed)
+    side = CROP // scale
+    by = 1 if images else scale
+    crops = crops_from_folder(images or photos, images=count, batch=batch, scale=by, side=side, seed=seed)
     crops = list(track(crops, "reading images", console))
     keep_freed_memory()
     results: dict[str, Any] = {"weights": str(weights), "model": str(out)}

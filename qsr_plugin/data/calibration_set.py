@@ -17,13 +17,17 @@ from qsr_plugin.data.resize import downscale
 from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.schema import Calibration
 
+#: Side in HR pixels of the crops that post-training methods calibrate on (Hong and Lee, CVPR 2024).
+CROP = 384
+
 
 def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterator[Tensor]:
     """LR batches for calibration; the same on every process and in every start of a run.
 
     Args:
-        opt: The run's options: ``calibration_folder`` names a folder of LR images; else images are drawn from
-            ``datasets.train`` with its own cropping and augmentation.
+        opt: The run's options: ``calibration_folder`` names a folder of LR images, of which the first are taken whole
+            (only those of equal size share a batch); else images are drawn from ``datasets.train`` with its own
+            cropping and augmentation.
         calibration: How many images, and how many per batch.
 
     Yields:
@@ -34,7 +38,7 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
     """
     folder = opt.get("calibration_folder")
     if folder:
-        yield from _limited(image_batches(folder), calibration.images)
+        yield from joined(_limited(image_batches(folder), calibration.images), calibration.batch)
         return
     options = opt["datasets"].get("train")
     if options is None:
@@ -60,10 +64,10 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
 def crops_from_folder(
     folder: Union[str, Path], *, images: int, batch: int, scale: int = 1, side: int = 96, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Random crops of a folder's images in batches, as post-training methods calibrate on; neither flipped nor turned.
+    """Random crops of a folder's images in batches, as post-training methods calibrate on.
 
-    Files are read one at a time. Where a side is shorter than a crop, all of it is used; only crops of equal
-    size share a batch.
+    They are neither flipped nor turned, where Hong and Lee (CVPR 2024) do both. Files are read one at a time. Where a
+    side is shorter than a crop, all of it is used; only crops of equal size share a batch.
 
     Args:
         folder: Images of any sizes.

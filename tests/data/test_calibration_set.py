@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from qsr_plugin.data.calibration_set import crops_from_folder
+from qsr_plugin.data.calibration_set import calibration_batches, crops_from_folder
+from qsr_plugin.quant.schema import Calibration
 
 
 @pytest.fixture
@@ -39,3 +41,11 @@ def test_the_draw_follows_the_seed(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(draw(0), draw(0)))
     assert not all(torch.equal(a, b) for a, b in zip(draw(0), draw(1)))
     assert all(batch.min() >= 0 and batch.max() <= 1 for batch in draw(0))
+
+
+def test_a_folder_given_to_a_training_comes_in_batches_of_equal_sizes(tmp_path: Path) -> None:
+    for number, size in enumerate([(16, 12), (20, 12), (16, 12), (16, 12), (20, 12)]):
+        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
+    found = list(calibration_batches({"calibration_folder": str(tmp_path)}, Calibration(images=4, batch=2)))
+    assert [tuple(batch.shape) for batch in found] == [(2, 3, 12, 16), (1, 3, 12, 20), (1, 3, 12, 16)]
+    assert [round(255 * image[0, 0, 0].item()) for batch in found for image in batch] == [0, 2, 1, 3]

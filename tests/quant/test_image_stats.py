@@ -78,6 +78,7 @@ def test_edge_scores_are_those_of_opencv(size: tuple[int, int]) -> None:
 
 
 def test_published_edge_scores() -> None:
+    """Two of the published figures are of random images whose seed is not known; these are of the same kind."""
     random = torch.randint(0, 256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
     assert (edge_scores(random).item(), edge_scores(random, saturated=True).item()) == (200.46875, 15.40625)
     assert edge_scores(left_and_right(0, 200)).item() == 127.5
