@@ -98,9 +98,8 @@ def quantize(
     float_net = _float_network(backbone, weights)
     net = quantize_model(deepcopy(float_net), recipe)
     count, batch = recipe.calibration.images, recipe.calibration.batch
-    side = CROP // scale
-    by = 1 if images else scale
-    crops = crops_from_folder(images or photos, images=count, batch=batch, scale=by, side=side, seed=seed)
+    cut = {"scale": 1 if images else scale, "side": CROP // scale}
+    crops = crops_from_folder(images or photos, images=count, batch=batch, seed=seed, **cut)
     crops = list(track(crops, "reading images", console))
     keep_freed_memory()
     results: dict[str, Any] = {"weights": str(weights), "model": str(out)}

@@ -247,8 +247,9 @@ def test_thresholds_are_looked_up_between_the_quantiles() -> None:
 
 
 def test_thresholds_act_at_any_distance() -> None:
-    """The released look-up rounds them to one decimal, so that 0.5 and 0.54999 are the same and 0.55 is another; ours reads between
-    quantiles, so that a threshold that is learned in small steps acts in small steps.
+    """The released look-up rounds them to one decimal: 0.5 and 0.54999 are the same and 0.55 is another.
+
+    Ours reads between quantiles, so that a threshold that is learned in small steps acts in small steps.
     """
     part, found = with_published_table(), []
     for t in (0.5, 0.54999, 0.55):
