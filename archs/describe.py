@@ -7,8 +7,10 @@ here from its attributes and tensor shapes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+from qsr_plugin.archs.option_readers import options_by_shape
 from torch import nn
 
 from qsr_plugin.checkpoint import CheckpointError
@@ -48,7 +50,51 @@ def _srresnet(net: nn.Module) -> dict[str, Any]:
     return {**_msrresnet(net), **options}
 
 
-_READERS = {"EDSR": _edsr, "MSRResNet": _msrresnet, "SRResNet": _srresnet}
+def _one_shuffle(net: nn.Module) -> dict[str, Any]:
+    """RLFN, IMDN, RFDN and BSRN, whose images come from one pixel shuffle."""
+    scale = next(m.upscale_factor for m in net.modules() if isinstance(m, nn.PixelShuffle))
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    kind = getattr(net, "float_class", type(net)).__name__
+    unseen = {"img_range": net.img_range} if hasattr(net, "img_range") else {}
+    return {**options_by_shape(f"{kind}_qsr", shapes, scale), **unseen}
+
+
+def _rdn(net: nn.Module) -> dict[str, Any]:
+    return {
+        "num_in_ch": net.SFENet1.in_channels,
+        "num_out_ch": net.UPNet[-1].out_channels,
+        "num_feat": net.SFENet1.out_channels,
+        "num_block": len(net.RDBs),
+        "num_layer": net.num_layer,
+        "num_grow_ch": net.UPNet[-1].in_channels,
+        "upscale": net.upscale,
+        "img_range": net.img_range,
+    }
+
+
+def _by_shape(*unseen: str) -> Callable[[nn.Module], dict[str, Any]]:
+    """Reader of a network whose shapes show all but its scale and the attributes ``unseen``."""
+
+    def read(net: nn.Module) -> dict[str, Any]:
+        shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        kind = getattr(net, "float_class", type(net)).__name__
+        return {**options_by_shape(f"{kind}_qsr", shapes, net.upscale), **{name: getattr(net, name) for name in unseen}}
+
+    return read
+
+
+_READERS = {
+    "EDSR": _edsr,
+    "MSRResNet": _msrresnet,
+    "SRResNet": _srresnet,
+    "RLFN": _one_shuffle,
+    "IMDN": _one_shuffle,
+    "RFDN": _one_shuffle,
+    "BSRN": _one_shuffle,
+    "CARN": _by_shape(),
+    "RDN": _rdn,
+    "IDN": _by_shape("rgb"),
+}
 
 
 def describe_backbone(net: nn.Module) -> dict[str, Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from basicsr.archs.arch_util import ResidualBlockNoBN
+from qsr_plugin.archs.carn_arch import ResidualBlock
+from qsr_plugin.archs.idn_arch import DistillationStage
+from qsr_plugin.archs.rdn_arch import ResidualDenseBlock
 from qsr_plugin.archs.srresnet_arch import ResidualBlockBN
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsr_plugin.quant.sites import Site, register_site_class
 
@@ -13,7 +19,7 @@ class ShortcutSite(Site):
     """Ports of a residual block.
 
     ``input`` feeds both paths and ``shortcut`` the identity path alone; both operands of the sum pass the one
-    ``addition``; ``output`` comes after the sum.
+    ``addition``; ``output`` comes after the sum, and after ``after_sum`` of blocks that go on from there.
     """
 
     ports = ("input", "shortcut", "addition", "output")
@@ -23,7 +29,12 @@ class ShortcutSite(Site):
         """(N, C, H, W) to the same shape."""
         x = self.at_port("input", x)
         identity = self.at_port("addition", self.at_port("shortcut", x))
-        return self.at_port("output", identity + self.at_port("addition", self.branch(x), operand=".residual"))
+        total = identity + self.at_port("addition", self.branch(x), operand=".residual")
+        return self.at_port("output", self.after_sum(total))
+
+    def after_sum(self, x: Tensor) -> Tensor:
+        """The block's result, from the sum."""
+        return x
 
 
 class QuantResidualBlockNoBN(ShortcutSite, ResidualBlockNoBN):
@@ -38,5 +49,33 @@ class QuantResidualBlockBN(ShortcutSite, ResidualBlockBN):
     """SRResNet's residual block with the ports of :class:`ShortcutSite`."""
 
 
+class QuantResidualDenseBlock(ShortcutSite, ResidualDenseBlock):
+    """RDN's block with the ports of :class:`ShortcutSite`."""
+
+
+class QuantResidualBlock(ShortcutSite, ResidualBlock):
+    """CARN's residual block with the ports of :class:`ShortcutSite`."""
+
+    after_sum = ResidualBlock.after_sum
+
+
+class QuantDistillationStage(ShortcutSite, DistillationStage):
+    """IDN's stage with the ports of :class:`ShortcutSite`.
+
+    The identity is the stage input joined with the channels kept of the branch; ``shortcut`` is the stage input alone.
+    """
+
+    def forward(self, x: Tensor, convs: Sequence[nn.Module], down: nn.Module) -> Tensor:
+        """(N, num_feat, H, W) to the same shape; see :class:`DistillationStage`."""
+        x = self.at_port("input", x)
+        kept, enhanced = self.branch(x, convs)
+        identity = self.at_port("addition", torch.cat((self.at_port("shortcut", x), kept), 1))
+        total = identity + self.at_port("addition", enhanced, operand=".residual")
+        return self.at_port("output", self.compress(total, down))
+
+
 register_site_class(ResidualBlockNoBN, QuantResidualBlockNoBN)
 register_site_class(ResidualBlockBN, QuantResidualBlockBN)
+register_site_class(ResidualDenseBlock, QuantResidualDenseBlock)
+register_site_class(ResidualBlock, QuantResidualBlock)
+register_site_class(DistillationStage, QuantDistillationStage)

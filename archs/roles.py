@@ -9,10 +9,11 @@ An empty tuple says that the backbone has no such place. Roles used by the shipp
 ``block.shortcut``          identity path alone
 ``block.conv``              every convolution of a block
 ``block.conv_first``        first convolution of a block
+``block.conv_later``        every convolution of a block but the first
 ``block.conv_last``         last convolution of a block
-``block.residual``          result of the branch just before the addition, in blocks without batch norm
+``block.residual``          result of the branch just before the addition, where this is the result of a convolution
 ``block.addition``          both operands of the addition, through one quantizer; only in blocks without batch norm
-``body_end``                convolution after the last block
+``body_end``                convolutions of the body outside of its blocks: after the last one, or joining several
 ``upsampler``               convolutions that raise the resolution
 ``tail``                    convolution(s) that make the image
 ``features``                input of the upsampler: what feature distillation compares
@@ -21,13 +22,16 @@ An empty tuple says that the backbone has no such place. Roles used by the shipp
 
 from __future__ import annotations
 
-from qsr_plugin.quant.places import ROLE_TABLES, register_roles
+from torch import nn
+
+from qsr_plugin.quant.places import ROLE_TABLES, RoleTable, register_roles
 
 _EDSR_BLOCKS = {
     "block": ("body.*",),
     "block.shortcut": ("body.*:shortcut",),
     "block.conv": ("body.*.conv?",),
     "block.conv_first": ("body.*.conv1",),
+    "block.conv_later": ("body.*.conv2",),
     "block.conv_last": ("body.*.conv2",),
     "block.residual": ("body.*.conv2:output",),
     "block.addition": ("body.*:addition",),
@@ -68,6 +72,77 @@ register_roles(
         "upsampler": ("upconv?",),
         "tail": ("conv_last",),
         "features": ("upconv1:input",),
+    },
+)
+
+
+def _carn(net: nn.Module) -> RoleTable:
+    """Blocks are the residual blocks, as in the papers that quantize CARN: the cascading blocks have no identity path.
+
+    With groups, a 1x1 convolution is the last one of a block. Of several upsamplers, one runs.
+    """
+    first, later = "b*.b*.body.0", ("b*.b*.body.2", *(("b*.b*.body.4",) if net.group > 1 else ()))
+    return {
+        "head": ("entry",),
+        "block": ("b*.b*",),
+        "block.shortcut": ("b*.b*:shortcut",),
+        "block.conv": (first, *later),
+        "block.conv_first": (first,),
+        "block.conv_later": later,
+        "block.conv_last": later[-1:],
+        "block.residual": (f"{later[-1]}:output",),
+        "block.addition": ("b*.b*:addition",),
+        "body_end": ("b*.c*.body.0", "c*.body.0"),
+        "upsampler": (f"upsample.{net.upsampler}.body.*",),
+        "tail": ("exit",),
+        "features": (f"upsample.{net.upsampler}:input",),
+    }
+
+
+register_roles("CARN", _carn)
+
+
+def _rdn(net: nn.Module) -> RoleTable:
+    """The last convolution of a block is the 1x1 on all its layers; the last layer of the upsampler makes the image."""
+    first, *others = (f"RDBs.*.convs.{number}.conv.0" for number in range(net.num_layer))
+    *upsampler, tail = (f"UPNet.{number}" for number, layer in enumerate(net.UPNet) if isinstance(layer, nn.Conv2d))
+    later = (*others, "RDBs.*.LFF")
+    return {
+        "head": ("SFENet?",),
+        "block": ("RDBs.*",),
+        "block.shortcut": ("RDBs.*:shortcut",),
+        "block.conv": (first, *later),
+        "block.conv_first": (first,),
+        "block.conv_later": later,
+        "block.conv_last": ("RDBs.*.LFF",),
+        "block.residual": ("RDBs.*.LFF:output",),
+        "block.addition": ("RDBs.*:addition",),
+        "body_end": ("GFF.?",),
+        "upsampler": tuple(upsampler),
+        "tail": (tail,),
+        "features": ("UPNet:input",),
+    }
+
+
+register_roles("RDN", _rdn)
+
+
+register_roles(
+    "IDN",
+    {
+        "head": ("conv1", "conv2"),
+        "block": ("stage*",),
+        "block.shortcut": ("stage*:shortcut",),
+        "block.conv": ("conv*_?",),
+        "block.conv_first": ("conv*_1",),
+        "block.conv_later": tuple(f"conv*_{position}" for position in range(2, 7)),
+        "block.conv_last": ("conv*_6",),
+        "block.residual": (),  # an activation stands before the addition
+        "block.addition": ("stage*:addition",),
+        "body_end": ("down*",),
+        "upsampler": (),  # the convolution that raises the resolution makes the image
+        "tail": ("upsample",),
+        "features": ("upsample:input",),
     },
 )
 

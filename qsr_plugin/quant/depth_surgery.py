@@ -81,7 +81,8 @@ def find_blocks(
         backbone: For messages.
 
     Raises:
-        RecipeError: If the role gives no blocks, a block is shared or quantized itself, or ``kept`` does not fit.
+        RecipeError: If the role gives no blocks, a block says why it is ``never_left_out``, is shared or quantized
+            itself, or ``kept`` does not fit.
     """
     where, patterns = f"recipe.depth.role is '{depth.role}'", roles.get(depth.role, ())
     if not patterns or any(":" in pattern for pattern in patterns):
@@ -91,7 +92,12 @@ def find_blocks(
     blocks = {name: module for name, module in index.modules.items() if name in found}
     if not blocks:
         raise RecipeError(f"{where}: '{', '.join(patterns)}' matches no module of {backbone}: give it more blocks")
-    for module in blocks.values():
+    for name, module in blocks.items():
+        if reason := getattr(module, "never_left_out", ""):
+            raise RecipeError(
+                f"{where}: {name} of {backbone} cannot be left out: {reason}. Set 'depth' of the recipe to null, and "
+                "'depths' of its stages to [1.0]; or take a backbone whose blocks add their result to their input."
+            )
         names = [other for other, one in index.modules.items() if one is module]
         if len(names) > 1:
             raise RecipeError(

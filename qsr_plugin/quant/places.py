@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
 from torch import nn
 
 from qsr_plugin.errors import suggest
+from qsr_plugin.quant.generic_roles import GENERIC_ROLES, generic_roles
 from qsr_plugin.quant.quantizer import quantizer_class
 from qsr_plugin.quant.recipe import RecipeError, register_parts
 from qsr_plugin.quant.schema import FLOAT_BITS, QuantizerSpec, Recipe, Rule
@@ -19,20 +20,44 @@ from qsr_plugin.quant.sites import all_ports, site_class_for
 
 logger = logging.getLogger("qsr_plugin")
 
-#: Backbone class name -> role -> places, each ``"pattern"`` or ``"pattern:port"``. An empty tuple says that the
-#: backbone has no such place, so a rule for it is skipped.
-ROLE_TABLES: dict[str, Mapping[str, tuple[str, ...]]] = {}
+#: Role -> places, each ``"pattern"`` or ``"pattern:port"``. An empty tuple says that the backbone has no such place, so
+#: a rule for it is skipped.
+RoleTable = Mapping[str, tuple[str, ...]]
+_TableOf = Callable[[nn.Module], RoleTable]
+
+#: Backbone class name -> its table, or what makes it for a network where constructor arguments decide.
+ROLE_TABLES: dict[str, Union[RoleTable, _TableOf]] = {}
 
 
-def register_roles(backbone: str, roles: Mapping[str, tuple[str, ...]]) -> None:
-    """Make a backbone's role table known under its class name."""
+def register_roles(backbone: str, roles: Union[RoleTable, _TableOf]) -> None:
+    """Make a backbone's role table known under its class name, or what makes the table of a network of this class."""
     ROLE_TABLES[backbone] = roles
 
 
-def roles_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:
-    """Role table of a network, found by its class name or that of a base class; empty if there is none."""
+def roles_of(net: nn.Module) -> RoleTable:
+    """Roles of a network: the table of its class or of a base class, or else what its structure shows.
+
+    The latter takes a forward of a small image, the first time; the network and its copies remember the answer.
+
+    Raises:
+        LayerTraceError: If there is no table, and the network takes no small image.
+    """
+    if (table := _table_of(net)) is not None:
+        return table
+    found = net.__dict__.get("found_roles")
+    if found is None or not _names_in(found) <= {name for name, _ in net.named_modules()}:
+        found = net.__dict__["found_roles"] = dict(generic_roles(net))
+    return found
+
+
+def _table_of(net: nn.Module) -> Optional[RoleTable]:
     register_parts()
-    return next((ROLE_TABLES[cls.__name__] for cls in type(net).__mro__ if cls.__name__ in ROLE_TABLES), {})
+    table = next((ROLE_TABLES[cls.__name__] for cls in type(net).__mro__ if cls.__name__ in ROLE_TABLES), None)
+    return table(net) if callable(table) else table
+
+
+def _names_in(roles: Mapping[str, tuple[str, ...]]) -> set[str]:
+    return {place.partition(":")[0] for places in roles.values() for place in places}
 
 
 @dataclass
@@ -46,7 +71,7 @@ class Place:
         rule: Index of the rule that decided.
         spec: Quantizer to put there, ``None`` to leave it float.
         bits: Bit width, or candidates of the bit policy.
-        own_bits: The rule gave its own bits: not adaptive, and left out of FAB.
+        own_bits: The rule gave bits that leave this place out of FAB.
         pad_first: Quantize the zeros of a convolution's padding together with its input.
     """
 
@@ -98,7 +123,7 @@ def find_places(net: nn.Module, recipe: Recipe) -> list[Place]:
     Raises:
         RecipeError: If a rule matches nothing, names an unknown role or a port the module does not have.
     """
-    index, roles = Index.of(net), roles_of(net)
+    index, roles = Index.of(net), roles_of(net) if any(rule.role for rule in recipe.rules) else {}
     chosen: dict[tuple[str, str], Place] = {}
     for number, rule in enumerate(recipe.rules):
         for place in _places_of_rule(index, roles, recipe, rule, number, type(net).__name__):
@@ -115,17 +140,10 @@ def _places_of_rule(
     index: Index, roles: Mapping[str, tuple[str, ...]], recipe: Recipe, rule: Rule, number: int, backbone: str
 ) -> Iterator[Place]:
     where = f"rule {number} of placement '{recipe.placement}' ({rule.role or rule.match})"
-    if rule.role is not None:
-        if not roles:
-            raise RecipeError(
-                f"{where}: no role table is registered for {backbone}. "
-                f"Known backbones: {', '.join(sorted(ROLE_TABLES))}. Write rules with 'match', or register a table."
-            )
-        if rule.role not in roles:
-            raise RecipeError(f"{where}: {backbone} has no role '{rule.role}'. {suggest(rule.role, roles)}")
-        patterns = roles[rule.role]
-    else:
-        patterns = (rule.match or "",)
+    if rule.role is not None and rule.role not in roles:
+        raise RecipeError(f"{where}: {_no_role(rule.role, roles, recipe, backbone)}")
+    patterns = (rule.match or "",) if rule.role is None else roles[rule.role]
+    missing = []
     for pattern in patterns:
         pattern, _, port_of_role = pattern.partition(":")
         port, found = rule.port or port_of_role, False
@@ -135,10 +153,22 @@ def _places_of_rule(
             found = True
             for one in [port] if port else all_ports(module):
                 yield _place(recipe, rule, number, name, module, one, where)
-        if not found:
-            kind = f" of type {rule.type}" if rule.type else ""
-            near = difflib.get_close_matches(pattern, index.modules, n=5, cutoff=0.4) or list(index.modules)[:5]
-            raise RecipeError(f"{where}: '{pattern}'{kind} matches no module of {backbone}. Near: {', '.join(near)}.")
+        missing += [] if found else [pattern]
+    if missing and (rule.type is None or len(missing) == len(patterns)):  # the type chooses among a role's modules
+        kind = f" of type {rule.type}" if rule.type else ""
+        near = difflib.get_close_matches(missing[0], index.modules, n=5, cutoff=0.4) or list(index.modules)[:5]
+        raise RecipeError(f"{where}: '{missing[0]}'{kind} matches no module of {backbone}. Near: {', '.join(near)}.")
+
+
+def _no_role(role: str, roles: Mapping[str, tuple[str, ...]], recipe: Recipe, backbone: str) -> str:
+    if not roles:
+        return (
+            f"{backbone} has no role table, and no convolution or linear layer that a role could be found for. Known "
+            f"backbones: {', '.join(sorted(ROLE_TABLES))}. Write rules with 'match', or register a table."
+        )
+    fitting = [name for name, rules in recipe.placements.items() if {rule.role for rule in rules} <= {*roles, None}]
+    instead = f"take a placement it has all roles for ({', '.join(fitting)}), or " if fitting else ""
+    return f"{backbone} has no role '{role}'. {suggest(role, roles)} To go on, {instead}write rules with 'match'."
 
 
 def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module, port: str, where: str) -> Place:
@@ -158,14 +188,16 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
         raise RecipeError(f"{where}: quantizer '{spec.type}' does {low} to {high} bits, asked for {bits}")
     if role not in cls.roles:
         raise RecipeError(f"{where}: quantizer '{spec.type}' is for {', '.join(cls.roles)}, port '{port}' needs {role}")
-    if cls.per_channel and not weight and channels_at(module, port) is None:
+    if role in cls.per_channel and not weight and channels_at(module, port) is None:
         raise RecipeError(
             f"{where}: quantizer '{spec.type}' has a number per channel, and {name} ({type(module).__name__}) does not "
             f"say how many pass its port '{port}': give it a place at a convolution or linear layer"
         )
-    if rule.pad_first and not (port == "input" and isinstance(module, nn.Conv2d)):
+    if rule.pad_first and not (port == "input" and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))):
         raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
-    return Place(name, module, port, number, spec, bits, rule.bits is not None, rule.pad_first)
+    pad_first = rule.pad_first and isinstance(module, nn.Conv2d)  # a transposed convolution adds no zeros
+    own_bits = rule.bits is not None and not rule.in_fab
+    return Place(name, module, port, number, spec, bits, own_bits, pad_first)
 
 
 def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]:
@@ -177,8 +209,10 @@ def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]
     Raises:
         RecipeError: If there is no such module, role, or port input or output.
     """
-    index, roles = Index.of(net), roles_of(net)
     role, _, port = place.partition(":")
+    index, roles = Index.of(net), _table_of(net)
+    if roles is None:
+        roles = roles_of(net) if role in GENERIC_ROLES and role not in index.modules else {}
     patterns = roles.get(place) or [f"{pattern.partition(':')[0]}:{port}" for pattern in roles.get(role, ())] or [place]
     found = {
         (name, spot.partition(":")[2]): module
@@ -186,7 +220,7 @@ def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]
         for name, module in index.matching(spot.partition(":")[0], None)
     }
     if not found or any(port not in ("input", "output") for _, port in found):
-        near = difflib.get_close_matches(role, [*roles, *index.modules], n=5, cutoff=0.4)
+        near = difflib.get_close_matches(role, [*(roles or GENERIC_ROLES), *index.modules], n=5, cutoff=0.4)
         raise RecipeError(
             f"cannot tap '{place}' of {getattr(net, 'float_class', type(net)).__name__}: give 'module:input' or "
             f"'module:output', or a role. Near: {', '.join(near) or 'nothing'}."
@@ -196,7 +230,12 @@ def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]
 
 
 def channels_at(module: nn.Module, port: str) -> Optional[int]:
-    """How many channels the tensors at a port have, as far as the module or the layers in it say."""
+    """How many channels the tensors at a port have, as far as the module or the layers in it say.
+
+    A module without layers of its own may have an attribute ``port_channels``, port to channels.
+    """
+    if port in (declared := getattr(module, "port_channels", {})):
+        return declared[port]
     names = ("out_channels", "out_features") if port == "output" else ("in_channels", "in_features")
     parts = list(module.modules())  # of a block: its first layer tells the input, its last one the output
     parts = parts if port != "output" else [module, *reversed(parts[1:])]

@@ -1,0 +1,80 @@
+"""Networks that take only some sizes of images made to take all: the input is padded, the result cropped."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qsr_plugin.quant.sites import derived_class
+
+
+class PaddedInput:
+    """Mixin of networks whose input is padded at the right and at the bottom.
+
+    Attributes:
+        pad_multiple: Both sides become a multiple of it, in pixels.
+        pad_minimum: Least length of a side after padding, in pixels.
+        pad_square: Both sides become as long as the longer one.
+        pad_scale: Pixels of the result per pixel of the input and side.
+    """
+
+    pad_multiple: int
+    pad_minimum: int
+    pad_square: bool
+    pad_scale: int
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(N, C, H, W) of any size to (N, C', pad_scale H, pad_scale W)."""
+        height, width = x.shape[-2:]
+        low, high = self._padded(height), self._padded(width)
+        if self.pad_square:
+            low = high = max(low, high)
+        out = super().forward(pad_to(x, low, high), *args, **kwargs)
+        return out[..., : self.pad_scale * height, : self.pad_scale * width]
+
+    def _padded(self, side: int) -> int:
+        return -(-max(side, self.pad_minimum) // self.pad_multiple) * self.pad_multiple
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Pad an image at the right and at the bottom: mirrored, and beyond a whole mirror image the last pixel repeated.
+
+    Args:
+        x: (N, C, H, W).
+        height: Wanted, at least H.
+        width: Wanted, at least W.
+
+    Returns:
+        (N, C, height, width), ``x`` itself if it has this size.
+    """
+    for mode in ("reflect", "replicate"):
+        right, bottom = width - x.shape[-1], height - x.shape[-2]
+        if mode == "reflect":  # a mirror image has one pixel less than the image
+            right, bottom = min(right, x.shape[-1] - 1), min(bottom, x.shape[-2] - 1)
+        if right or bottom:
+            x = F.pad(x, (0, right, 0, bottom), mode=mode)
+    return x
+
+
+def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, square: bool = False) -> nn.Module:
+    """Have a network pad its input to the sizes it needs, and crop its result; parameters and keys stay as they are.
+
+    Args:
+        net: Takes and returns one image tensor. Its class is swapped, in place.
+        scale: Upsampling factor, at least 1.
+        multiple: Both sides must be a multiple of this.
+        minimum: And not shorter than this.
+        square: And equal.
+
+    Returns:
+        ``net``.
+
+    Raises:
+        ValueError: For numbers below 1.
+    """
+    for name, value in (("scale", scale), ("multiple", multiple), ("minimum", minimum)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
+    net.__class__ = derived_class(PaddedInput, type(net))
+    net.pad_scale, net.pad_multiple, net.pad_minimum, net.pad_square = scale, multiple, minimum, square
+    return net
