@@ -12,5 +12,8 @@ from qsr_plugin.methods import (  # noqa: F401
     minmax_percentile,
     odm,
     pams,
+    per_channel,
+    ptq4sr,
     quantsr,
+    two_d_quant,
 )

@@ -118,7 +118,7 @@ class DDTBQuantizer(Quantizer):
 
     roles = ("act",)
     gated = True
-    per_channel = True
+    per_channel = ("act",)
 
     def __init__(
         self, options: Options, candidates: tuple[int, ...], role: str, channel_axis: int, channels: int

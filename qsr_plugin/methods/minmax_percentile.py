@@ -7,17 +7,21 @@ levels; weights a symmetric one. Zero is a level of neither in general. Biases s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from qsr_plugin.quant.least_error import LeastErrorObserver
 from qsr_plugin.quant.observers import Momentum, Observer, Range, build_observer, omse, quantiles
 from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize, int_limits
+from qsr_plugin.quant.passes import Ties
 from qsr_plugin.quant.quantizer import QParams, Quantizer, StrictOptions, register_quantizer
 
 ObserverName = Literal["minmax", "percentile", "omse"]
+#: For activations also the range of least mean logarithm of the images' errors.
+ActObserverName = Literal[ObserverName, "least_error"]
 #: Candidates of the OMSE search on weights.
 WEIGHT_CANDIDATES = 50
 
@@ -25,14 +29,17 @@ WEIGHT_CANDIDATES = 50
 class _BoundedQuantizer(Quantizer):
     """``2^b`` levels from ``l`` to ``u``: ``round((clip(x) - l) / s) s + l`` with ``s = (u - l) / (2^b - 1)``."""
 
+    #: How a value exactly on a bound counts.
+    ties: ClassVar[Ties] = "inside"
+
     def _bounds(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
-        """Fake-quantize ``x``; a value exactly on a bound counts as inside."""
+        """Fake-quantize ``x``."""
         lower, upper = self._bounds()
-        limits = int_limits(self.expand(bits, x), signed=False)
-        return fake_quantize(x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=lower.detach())
+        limits, anchor = int_limits(self.expand(bits, x), signed=False), lower.detach()
+        return fake_quantize(x, upper - lower, limits[1], limits, bounds=(lower, upper), anchor=anchor, ties=self.ties)
 
     def qparams(self, bits: int | None = None) -> QParams:
         """Grid at one bit width; the zero point is real-valued."""
@@ -54,12 +61,12 @@ class AsymmetricQuantizer(_BoundedQuantizer):
         """Options of :class:`AsymmetricQuantizer`.
 
         Attributes:
-            observer: How a batch proposes a range.
+            observer: How a batch proposes a range; ``least_error`` looks at all images together.
             alpha: Upper quantile of the percentile observer; the lower one is ``1 - alpha``.
             momentum: Weight of the past when batches are joined.
         """
 
-        observer: ObserverName = "minmax"
+        observer: ActObserverName = "minmax"
         alpha: float = Field(0.99, gt=0.5, le=1)
         momentum: Momentum = 0.9
 
@@ -74,6 +81,8 @@ class AsymmetricQuantizer(_BoundedQuantizer):
     def make_observer(self) -> Observer:
         """The observer of the options."""
         o = self.options
+        if o.observer == "least_error":
+            return LeastErrorObserver(max(self.candidates))
         return build_observer(o.observer, momentum=o.momentum, alpha=o.alpha, bits=max(self.candidates))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:

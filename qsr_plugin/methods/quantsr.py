@@ -40,7 +40,7 @@ class RLQQuantizer(StepQuantizer):
 
         phi: Literal["code", "paper"] = "code"
 
-    per_channel = True
+    per_channel = ("act",)
 
     def __init__(
         self,

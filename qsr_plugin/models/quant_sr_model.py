@@ -24,6 +24,7 @@ from qsr_plugin.models.range_log import RangeStatistics, range_statistics
 from qsr_plugin.models.run_state import RunState
 from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
 from qsr_plugin.models.teaching import Teaching
+from qsr_plugin.models.tuning_rates import refuse_relative
 from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.depth import rank_blocks, set_depth
@@ -83,6 +84,7 @@ class QuantSRModel(Loading, Teaching, RunState, Validation, SRModel):
 
     def init_training_settings(self) -> None:
         """Prepare the network, then EMA, losses, optimiser and schedulers as the host does, then the first stage."""
+        refuse_relative(self.recipe)
         self.losses = build_step_losses(self.recipe.losses, self.device)
         self.regularizers = [name for name, loss in self.losses.items() if loss.regularizer]
         if self.recipe.cooperative is not None and not self.regularizers:

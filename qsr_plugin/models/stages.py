@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.schema import Group, Stage
+from qsr_plugin.quant.stage_schema import Group, Stage
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
 
 logger = logging.getLogger("basicsr")

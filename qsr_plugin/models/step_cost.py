@@ -7,7 +7,6 @@ random pixels that stays on the device; reading data is not part of it.
 from __future__ import annotations
 
 import logging
-import resource
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from basicsr.models.sr_model import SRModel
 
 from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
 from qsr_plugin.checkpoint import save_quantized, save_torch
-from qsr_plugin.memory import keep_freed_memory
+from qsr_plugin.memory import keep_freed_memory, peak_memory
 from qsr_plugin.models.quant_sr_model import QuantSRModel
 from qsr_plugin.options_file import scale_of
 from qsr_plugin.quant.calibrate import calibrate
@@ -156,11 +155,11 @@ def measure_memory(work: Workload, case: Case | None) -> int:
         case: The quantized step; ``None`` for the float one.
     """
     _prepare(work)
-    before = _peak_resident_bytes()
+    before = peak_memory()
     step = training_step(work, case)
     for _ in range(_MEMORY_STEPS):
         step()
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_bytes() - before
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory() - before
 
 
 def training_step(work: Workload, case: Case | None) -> Callable[[], None]:
@@ -236,10 +235,3 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _peak_resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():  # unlike getrusage, not inherited from the process that started this one
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,9 +6,11 @@ al., CVPR 2023), with one Adam for all groups. A training of the host can do the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Union
@@ -21,16 +23,20 @@ from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.memory import free_memory
 from qsr_plugin.models.finite import refuse_non_finite
 from qsr_plugin.models.frozen_prelu import freeze_slopes
-from qsr_plugin.models.stages import StageSchedule, check_stages, parameter_groups, project
+from qsr_plugin.models.stages import StageSchedule, bit_policies, check_stages, parameter_groups, project
+from qsr_plugin.models.tuning_rates import equal_groups, relative_groups
 from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Recipe
-from qsr_plugin.quant.surgery import tap
+from qsr_plugin.quant.surgery import quantizers, tap
 
 #: Share of the free memory for the teacher's outputs and features, kept for the next time a batch comes; what does not
 #: fit is made again.
 KEPT_SHARE = 0.5
+
+#: Adam's epsilon where rates do not depend on the size of features: theirs can make gradients of 1e-9.
+RELATIVE_EPS = 1e-16
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
 
@@ -64,12 +70,13 @@ def tune(
     device = next(net.parameters()).device
     given = image_batches([images] if isinstance(images, Tensor) else images)
     batches = [
-        batch.to(device).contiguous(memory_format=torch.channels_last) for batch in joined(given, recipe.tuning.batch)
+        batch.to(device).contiguous(memory_format=torch.channels_last)
+        for batch in joined(_pieces(given, recipe.tuning.crop), recipe.tuning.batch)
     ]
     if not batches:
         raise ValueError("no images to tune on: give a folder with images, or a non-empty iterable of tensors")
     losses = build_step_losses(recipe.losses, device)
-    student, teacher = deepcopy(net).train(), deepcopy(float_net).to(device).eval().requires_grad_(False)
+    student, teacher = _learning(deepcopy(net)), deepcopy(float_net).to(device).eval().requires_grad_(False)
     for one in (student, teacher):
         one.to(memory_format=torch.channels_last)  # the backward of wide kernels with few outputs is much faster
         for place in {place: None for loss in losses.values() for place in loss.taps}:
@@ -99,6 +106,30 @@ def _tunable(net: nn.Module) -> Recipe:
             if getattr(stage.lr, group) is None:
                 raise RecipeError(f"recipe.stages[{index}].lr.{group} is missing: a tuning has no other; give one")
     return recipe
+
+
+def _learning(net: nn.Module) -> nn.Module:
+    """Evaluation mode for the network, so that nothing is dropped, and training mode for what quantizes it."""
+    net.eval()
+    for part in (*(quantizer for _, quantizer in quantizers(net)), *bit_policies(net)):
+        part.train()
+    return net
+
+
+def _pieces(batches: Iterable[Tensor], side: int | None) -> Iterator[Tensor]:
+    """Images cut into squares with ``side`` pixels, one of every image in turn; smaller images stay whole."""
+    by_image = [list(_squares(image, side)) for batch in batches for image in batch.split(1)]
+    return (piece for turn in zip_longest(*by_image) for piece in turn if piece is not None)
+
+
+def _squares(image: Tensor, side: int | None) -> Iterator[Tensor]:
+    height, width = image.shape[-2:]
+    if side is None or min(height, width) <= side:
+        yield image
+        return
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            yield image[..., top : top + side, left : left + side]
 
 
 class _Teacher:
@@ -139,9 +170,12 @@ class _Run:
         self._net, self._teacher, self._losses = net, teacher, losses
         self._schedule = StageSchedule(recipe.stages, base_lr=0.0)
         used = {group for stage in recipe.stages for group in stage.train}
-        groups = parameter_groups(net).items()
+        groups = {name: parameters for name, parameters in parameter_groups(net).items() if parameters and name in used}
+        self._cosine = recipe.tuning.schedule == "cosine"
+        relative = recipe.tuning.relative
         self._optimizer = torch.optim.Adam(
-            [{"params": parameters, "name": name} for name, parameters in groups if parameters and name in used],
+            list(relative_groups(net, groups) if relative else equal_groups(groups)),
+            eps=RELATIVE_EPS if relative else 1e-8,
             fused=True,
         )
         self.seconds: dict[str, float] = {}
@@ -149,11 +183,13 @@ class _Run:
     def learn(self, batches: Sequence[Tensor], progress: Progress) -> None:
         """Take all steps of all stages."""
         entered = -1
-        for step in progress(range(1, sum(stage.iters for stage in self._schedule.stages) + 1)):
+        total = sum(stage.iters for stage in self._schedule.stages)
+        for step in progress(range(1, total + 1)):
             index, number = self._schedule.index_at(step), (step - 1) % len(batches)
             if index != entered:
-                self._enter(index)
+                self._schedule.apply(index, self._net)
                 entered = index
+            self._set_rates(index, (1 + math.cos(math.pi * (step - 1) / total)) / 2 if self._cosine else 1.0)
             begun = perf_counter()
             output, record = self._teacher.ask(number)
             taught = perf_counter()
@@ -161,10 +197,9 @@ class _Run:
             self._spend("teacher", taught - begun)
             self._spend(", ".join(self._schedule.stages[index].train), perf_counter() - taught)
 
-    def _enter(self, index: int) -> None:
-        self._schedule.apply(index, self._net)
+    def _set_rates(self, index: int, decay: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.learning_rate(index, group["name"])
+            group["lr"] = decay * group["unit"] * self._schedule.learning_rate(index, group["name"])
 
     def _step(self, step: int, images: Tensor, wanted: Tensor, record: ForwardRecord | None) -> None:
         self._optimizer.zero_grad()

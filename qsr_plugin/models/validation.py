@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from basicsr.utils import get_root_logger
 
 from qsr_plugin.data.patches import PatchOptions
+from qsr_plugin.errors import suggest
+from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.depth import set_depth
 from qsr_plugin.quant.surgery import policies
 from qsr_plugin.report.fab import BitStatistics, BitTally
 from qsr_plugin.report.patch_bits import run_and_observe
 
 _LINE = 110  # letters
+#: What is read here from ``val``, and how alike a key must be, from 0 to 1, to be taken for a slip of it.
+_OURS, _ALIKE = ("depth", "patches"), 0.75
 
 
 class Validation:
@@ -22,6 +28,7 @@ class Validation:
 
     def __init__(self, opt: dict[str, Any]) -> None:
         # Read before anything is built, so that a wrong key is told now and not hours later.
+        refuse_misspelt(opt.get("val") or {})
         self._patches = PatchOptions.read((opt.get("val") or {}).get("patches"))
         self._tally = BitTally()
         super().__init__(opt)
@@ -75,6 +82,17 @@ class Validation:
             for name, value in statistics.scalars().items():
                 tb_logger.add_scalar(name, value, current_iter)
         self.range_statistics = None
+
+
+def refuse_misspelt(val: Mapping[str, Any]) -> None:
+    """Refuse keys of a ``val`` block that look like a slip of ours; all others are the host's.
+
+    Raises:
+        OptionsError: For the first of them.
+    """
+    for key in val:
+        if key not in _OURS and difflib.get_close_matches(str(key), _OURS, n=1, cutoff=_ALIKE):
+            raise OptionsError(f"val.{key}: unknown key. {suggest(str(key), _OURS)} The host's own keys are free.")
 
 
 def bit_lines(name: str, bits: BitStatistics) -> list[str]:

@@ -16,7 +16,7 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, root: str
 
     Args:
         error: What pydantic raised.
-        model: The model that refused. A class below it may have ``option_names(value)``: the keys that go with a value.
+        model: The model that refused. A class below it may have ``options_model(value)``: the model of further keys.
         data: What it refused.
         root: What paths start with.
     """
@@ -42,7 +42,9 @@ def _fields_at(model: type[BaseModel], data: Any, loc: tuple[Union[int, str], ..
         data = data[part]
         if part in model.model_fields:
             model = next(_models_in(model.model_fields[part].annotation), model)
-    return model.option_names(data) if hasattr(model, "option_names") else list(model.model_fields)
+            if hasattr(model, "options_model") and isinstance(data, Mapping) and "type" in data:
+                model = model.options_model(data)
+    return list(model.model_fields)
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:

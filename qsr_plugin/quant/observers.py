@@ -102,6 +102,22 @@ def omse(x: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, shrin
     return best
 
 
+def refuse_non_finite(x: Tensor) -> None:
+    """Refuse what no range can be taken from.
+
+    Raises:
+        ValueError: If a tensor holds a NaN or an infinity, or is empty.
+    """
+    if x.numel() == 0:
+        raise ValueError("cannot observe an empty tensor: give images of at least one pixel")
+    smallest, largest = minmax(x)  # a quantile alone would overlook a few of them
+    if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
+        raise ValueError(
+            f"observed a non-finite value (range {smallest.item()} to {largest.item()}): check the calibration "
+            "images and the float weights for NaN or infinity"
+        )
+
+
 class Observer:
     """Joins one statistic over the batches of a calibration.
 
@@ -124,14 +140,7 @@ class Observer:
         Raises:
             ValueError: If the batch holds a NaN or an infinity, or is empty.
         """
-        if x.numel() == 0:
-            raise ValueError("cannot observe an empty tensor: give images of at least one pixel")
-        smallest, largest = minmax(x)  # a quantile alone would overlook a few of them
-        if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
-            raise ValueError(
-                f"observed a non-finite value (range {smallest.item()} to {largest.item()}): check the calibration "
-                "images and the float weights for NaN or infinity"
-            )
+        refuse_non_finite(x)
         low, high = self._statistic(x)
         if self._range is None:
             self._range = (low, high)

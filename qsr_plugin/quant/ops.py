@@ -156,7 +156,8 @@ def fake_quantize(
         anchor: Value of code ``shift``, broadcastable to ``x``; 0 if not given. Receives no gradient.
         shift: Code of the anchor, in steps; 1/2 makes a grid without a level at the anchor. Receives no gradient.
         ties: How elements exactly on a bound count: ``inside`` (as :func:`torch.clamp`), ``outside`` (strict
-            inequality) or ``split``, half and half (element-wise minimum and maximum).
+            inequality), ``split``, half and half (element-wise minimum and maximum), or ``both``: they and the bound
+            get the whole gradient.
         steepness: Steepness of the soft staircase; 0 for straight-through rounding. Not together with an anchor.
         only_read: Whether the result is never changed in place: the backward pass then keeps it, not the rounding
             error, which saves a tensor where a convolution keeps it as well.
@@ -224,7 +225,7 @@ def quantize_levels(
         span: Positive, 0-d.
         steps: How many steps make up the span.
         limits: Smallest and largest code.
-        ties: See :func:`fake_quantize`.
+        ties: See :func:`fake_quantize`; not ``both``.
         steepness: See :func:`fake_quantize`.
 
     Returns:

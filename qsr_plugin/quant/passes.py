@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Which side an element counts for that lies exactly on a bound.
-Ties = Literal["inside", "split", "outside"]
+#: Which side an element counts for that lies exactly on a bound; ``both``: its own gradient is that of an inner one,
+#: and the bound gets it as well.
+Ties = Literal["inside", "split", "outside", "both"]
 
 
 def quantized(
@@ -81,11 +82,14 @@ def divide(
     """
     if lower.numel() == upper.numel() == 1 and _reads_are_free(x):
         return _divide_by_numbers(grad, x, lower, upper, ties, need_lower, need_upper)
-    side = _sides(x, lower, upper, ties)
+    side = _sides(x, lower, upper, "inside" if ties == "both" else ties)
     outside = side.abs()
     inside = torch.addcmul(grad, grad, outside, value=-1.0)
     if not (need_lower or need_upper):
         return inside, None, None
+    if ties == "both":
+        side = _sides(x, lower, upper, "outside")
+        outside = side.abs()
     sided, total = reduce(grad, side, upper), reduce(grad, outside, upper)
     return inside, (total - sided) * 0.5, (total + sided) * 0.5
 
@@ -98,19 +102,20 @@ def _divide_by_numbers(
     grad: Tensor, x: Tensor, lower: Tensor, upper: Tensor, ties: Ties, need_lower: bool, need_upper: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     low, high = lower.item(), upper.item()
-    inside = with_bounds = None
+    strictly = with_bounds = None
     if ties != "inside":
-        inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # a value on a bound counts as outside
+        strictly = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # a value on a bound counts as outside
     if ties != "outside":
         real = np.float32 if x.dtype == torch.float32 else np.float64
         ends = np.nextafter(real(low), real(-np.inf)), np.nextafter(real(high), real(np.inf))
         with_bounds = torch.ops.aten.hardtanh_backward(grad, x, *map(float, ends))
-        inside = with_bounds if inside is None else inside.lerp_(with_bounds, 0.5)
+    inside = strictly.lerp_(with_bounds, 0.5) if ties == "split" else strictly if ties == "outside" else with_bounds
     if not (need_lower or need_upper):
         return inside, None, None
     if ties == "inside" and not need_lower:
         return inside, None, _shaped(torch.ops.aten.threshold_backward(grad, x, high).sum(), upper)
-    outside = torch.sub(grad, inside, out=with_bounds if ties == "split" else None)
+    spare = {"split": with_bounds, "both": strictly}.get(ties)
+    outside = torch.sub(grad, strictly if ties == "both" else inside, out=spare)
     total = outside.sum()
     above = torch.ops.aten.threshold_backward.grad_input(outside, x, (low + high) / 2, grad_input=outside).sum()
     return inside, _shaped(total - above, lower), _shaped(above, upper)

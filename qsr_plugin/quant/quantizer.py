@@ -38,7 +38,7 @@ class QParams:
     """Uniform grid of a quantizer at one bit width: ``value = (code - zero_point) * scale``.
 
     Attributes:
-        scale: 0-d tensor, distance between levels.
+        scale: Distance between levels: a 0-d tensor, or ``(C,)`` for weights with a grid per channel.
         zero_point: Code of 0.0; real-valued where the grid does not contain zero.
         qmin: Smallest code.
         qmax: Largest code.
@@ -63,7 +63,7 @@ class Quantizer(nn.Module):
         options: The class's own :class:`Options`.
         candidates: Bit widths this quantizer is asked for; one, or several in ascending order for a bit policy.
         role: ``act`` for activations, ``weight`` for weights.
-        channel_axis: Axis of the channels in the tensors it will see: 1 for NCHW, -1 for NLC, 0 for weights.
+        channel_axis: Axis of the channels in what it will see: 1 for NCHW, -1 for NLC, for weights that of the output.
 
     Attributes:
         site: Dotted name of the place, for messages; set when the network is quantized.
@@ -84,8 +84,8 @@ class Quantizer(nn.Module):
     only_read: bool = False
     #: 0-d bool buffers that calibration decides; the mirror ``_<name>`` of each spares forwards to ask the device.
     decisions: ClassVar[tuple[str, ...]] = ()
-    #: Whether activations get a number per channel: the constructor then takes how many as ``channels``.
-    per_channel: ClassVar[bool] = False
+    #: Roles in which there is a number per channel: the constructor then takes how many as ``channels``.
+    per_channel: ClassVar[tuple[Role, ...]] = ()
 
     calibrated: Tensor
 
@@ -233,9 +233,9 @@ class Quantizer(nn.Module):
         if found is None:
             return
         low, high = found
-        if bool(high <= low):
+        if bool((high <= low).all()):
             logger.warning(
-                "%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high
+                "%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high.max()
             )
         with torch.no_grad():
             self.set_range(low, high)

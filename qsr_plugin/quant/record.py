@@ -6,7 +6,7 @@ name, so running a block twice (activation checkpointing) does not count twice, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CURRENT: ContextVar[ForwardRecord | None] = ContextVar("qsr_forward_record", default=None)
-_FLOAT: ContextVar[bool] = ContextVar("qsr_float_mode", default=False)
+#: Places that quantize; all of them if ``None``.
+_CHOSEN: ContextVar[frozenset[str] | None] = ContextVar("qsr_chosen_places", default=None)
 _FITTING: ContextVar[bool] = ContextVar("qsr_fitting", default=False)
 
 
@@ -84,14 +85,29 @@ def current_record() -> ForwardRecord | None:
     return _CURRENT.get()
 
 
+def quantizes(place: str) -> bool:
+    """Whether the quantizer at a place ``site.port`` is switched on in this context."""
+    chosen = _CHOSEN.get()
+    return chosen is None or place in chosen
+
+
 def float_mode_on() -> bool:
     """Whether all quantizers are switched off in this context."""
-    return _FLOAT.get()
+    return _CHOSEN.get() == frozenset()
 
 
 def float_mode() -> AbstractContextManager[None]:
     """Run quantized networks as their float originals inside the ``with`` block."""
-    return _switched_on(_FLOAT)
+    return only_places(())
+
+
+def only_places(places: Collection[str]) -> AbstractContextManager[None]:
+    """Inside the ``with`` block only these places quantize; all others hand tensors through as they are.
+
+    Args:
+        places: Names ``site.port``, as :func:`qsr_plugin.quant.surgery.quantizers` gives them. Others have no effect.
+    """
+    return _switched(_CHOSEN, frozenset(places))
 
 
 def fitting_on() -> bool:
@@ -101,12 +117,12 @@ def fitting_on() -> bool:
 
 def fitting() -> AbstractContextManager[None]:
     """Inside the ``with`` block every quantizer fits its range before it quantizes, one after the other."""
-    return _switched_on(_FITTING)
+    return _switched(_FITTING, True)
 
 
 @contextmanager
-def _switched_on(switch: ContextVar[bool]) -> Iterator[None]:
-    token = switch.set(True)
+def _switched(switch: ContextVar[T], value: T) -> Iterator[None]:
+    token = switch.set(value)
     try:
         yield
     finally:
@@ -156,7 +172,7 @@ class RecordingRoot:
         if getattr(self, "recipe", None) is None:
             return
         record.policy, record.image = self._modules.get("bit_policy"), x.detach()
-        if record.policy is not None and _FLOAT.get():
+        if record.policy is not None and float_mode_on():
             record.policy.observe(record.image)
 
     def drop_pairs(self) -> None:

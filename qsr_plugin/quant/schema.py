@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Optional, Union, get_args
+from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.quantizer import quantizer_class
+from qsr_plugin.quant.stage_schema import Fragile, Stage, Strict, Tuning
 
 FLOAT_BITS = 32
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 def _check_bits(value: Any, where: str) -> int:
@@ -24,7 +21,7 @@ def _check_bits(value: Any, where: str) -> int:
     return value
 
 
-class Bits(_Strict):
+class Bits(Strict):
     """Bit widths: weights one number; activations one, or the ascending candidates of a bit policy."""
 
     weight: Any = FLOAT_BITS
@@ -46,7 +43,7 @@ class Bits(_Strict):
         return widths
 
 
-class Spec(_Strict):
+class Spec(Strict):
     """A registered part by name with its own options: ``name`` or ``{type: name, option: value}``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -71,9 +68,9 @@ class QuantizerSpec(Spec):
         return self
 
     @staticmethod
-    def option_names(value: Mapping[str, Any]) -> list[str]:
+    def options_model(value: Mapping[str, Any]) -> type[BaseModel]:
         """Options that go with the quantizer a mapping names."""
-        return list(quantizer_class(value["type"]).Options.model_fields)
+        return quantizer_class(value["type"]).Options
 
 
 class PolicySpec(Spec):
@@ -86,8 +83,13 @@ class PolicySpec(Spec):
         policy.Options(**self.extras())
         return self
 
+    @staticmethod
+    def options_model(value: Mapping[str, Any]) -> type[BaseModel]:
+        """Options that go with the policy a mapping names."""
+        return policy_class(value["type"]).Options
 
-class Rule(_Strict):
+
+class Rule(Strict):
     """One line of a placement: which places, and what happens there. Later rules win.
 
     Attributes:
@@ -97,6 +99,7 @@ class Rule(_Strict):
         port: input, weight, output, or a port the module offers; a role may already name it.
         quantizer: Quantizer for this place; the recipe's default for weights or activations if not given.
         bits: Bit width for this place; the recipe's if not given. Places with their own bits do not count in FAB.
+        in_fab: They do: a place of the method's own that only needs other bits.
         pad_first: At the input of a convolution: quantize the zeros of its padding together with the tensor.
         keep_float: Remove quantizers that earlier rules put here.
     """
@@ -107,6 +110,7 @@ class Rule(_Strict):
     port: Optional[str] = None
     quantizer: Optional[QuantizerSpec] = None
     bits: Any = None
+    in_fab: bool = False
     pad_first: bool = False
     keep_float: bool = False
 
@@ -116,19 +120,21 @@ class Rule(_Strict):
             raise ValueError("a rule needs exactly one of 'role' and 'match'")
         if self.bits is not None:
             _check_bits(self.bits, "the rule's bits")
+        if self.in_fab and self.bits is None:
+            raise ValueError("in_fab is for a rule with bits of its own: places without count in FAB anyway")
         if self.keep_float and (self.quantizer is not None or self.bits is not None):
             raise ValueError("a rule with keep_float takes neither 'quantizer' nor 'bits'")
         return self
 
 
-class Quantizers(_Strict):
+class Quantizers(Strict):
     """Default quantizers for activations and weights."""
 
     act: QuantizerSpec
     weight: QuantizerSpec
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """How ranges are found from data before (or without) training."""
 
     images: int = Field(16, ge=1, description="how many images are drawn from the training set")
@@ -138,55 +144,7 @@ class Calibration(_Strict):
     )
 
 
-class LearningRates(_Strict):
-    """Learning rate per parameter group; a group not named takes that of ``optim_g``."""
-
-    weights: Optional[float] = Field(None, gt=0)
-    ranges: Optional[float] = Field(None, gt=0)
-    weight_ranges: Optional[float] = Field(None, gt=0)
-    others: Optional[float] = Field(None, gt=0)
-    bits: Optional[float] = Field(None, gt=0)
-    thresholds: Optional[float] = Field(None, gt=0)
-
-
-Group = Literal["weights", "ranges", "weight_ranges", "others", "bits", "thresholds"]
-
-
-class Stage(_Strict):
-    """One phase of the training: who learns, for how long, how fast.
-
-    Attributes:
-        train: Parameter groups that learn; the others are frozen.
-        iters: Length in iterations; ``None`` lasts until the end of the training.
-        lr: Learning rates of this stage before the scheduler's decay.
-        track_ranges: Ranges follow the training batches during this stage: the weight of the past in [0, 1), 0 for the
-            latest batch only, or ``mean`` of all batches of the stage. Quantizers that do not know this learn as ever.
-        gated: Quantizers with a gate rescale their range for each image.
-        freeze_batch_norm: Batch norm layers normalise with the statistics they have, and keep them. At 2 bits, ranges
-            that follow the largest value leave so little in some channels that batch statistics blow gradients up.
-        adapt_thresholds: Thresholds of the bit policy that are no parameters follow the training batches.
-        depths: Shares of the blocks that are trained in turn on each batch; needs the recipe's ``depth``.
-    """
-
-    train: Annotated[tuple[Group, ...], Field(min_length=1)] = get_args(Group)
-    iters: Optional[int] = Field(None, ge=1)
-    lr: LearningRates = LearningRates()
-    track_ranges: Union[float, Literal["mean"], None] = None
-    gated: bool = False
-    freeze_batch_norm: bool = False
-    adapt_thresholds: bool = False
-    depths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
-
-    @field_validator("track_ranges", mode="before")
-    @classmethod
-    def _tracking(cls, value: Any) -> Any:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (value is None or value == "mean" or number and 0 <= value < 1):
-            raise ValueError(f"is {value!r}; allowed are a number in [0, 1) and mean")
-        return value
-
-
-class Cooperative(_Strict):
+class Cooperative(Strict):
     """How far the regularizing losses may act, from the angle between their gradient and that of the other losses.
 
     Attributes:
@@ -199,7 +157,7 @@ class Cooperative(_Strict):
     similarity: Literal["half_cosine", "cosine", "unit_step"] = "half_cosine"
 
 
-class Depth(_Strict):
+class Depth(Strict):
     """Residual blocks get a learned factor on their identity path and can be left out.
 
     Attributes:
@@ -211,21 +169,11 @@ class Depth(_Strict):
     kept: Optional[tuple[int, ...]] = None
 
 
-class Tuning(_Strict):
-    """How a calibrated network is tuned without ground truth: the stages, on the calibration images.
-
-    Attributes:
-        batch: Images per step; they pass in the same order again and again.
-    """
-
-    batch: int = Field(2, ge=1)
-
-
 class LossSpec(Spec):
     """A loss of the host's registry with its options; ``weight`` or ``loss_weight`` as that loss names it."""
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that turns a float network into a quantized one; see the module docstring.
 
     Attributes:
@@ -245,6 +193,7 @@ class Recipe(_Strict):
     depth: Optional[Depth] = None
     teacher: Literal["float", "start"] = "float"
     tuning: Optional[Tuning] = None
+    fragile: Optional[Fragile] = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -267,6 +216,10 @@ class Recipe(_Strict):
             )
         if self.tuning is not None and any(stage.iters is None for stage in self.stages):
             raise ValueError("a recipe with 'tuning' needs 'iters' in every stage")
+        if self.fragile is not None and isinstance(self.act_widths, tuple):
+            raise ValueError(
+                f"'fragile' raises fixed bits, and policy '{self.policy.type}' chooses its own: leave one of them out"
+            )
         lowest = min(self.act_widths) if isinstance(self.act_widths, tuple) else self.act_widths
         for index, loss in enumerate(self.losses):
             target = loss.extras().get("target_bits")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qsr_plugin.quant.policy import EXPECTED_BITS, BitPolicy, quantize_with
 from qsr_plugin.quant.quantizer import Quantizer
-from qsr_plugin.quant.record import current_record, fitting_on, float_mode_on
+from qsr_plugin.quant.record import current_record, fitting_on, quantizes
 
 _DERIVED: dict[tuple[type, type], type] = {}
 
@@ -79,7 +79,7 @@ class Site:
         if quantizer is None:
             return x
         policy = self._modules[f"{port}_policy"]
-        if float_mode_on():
+        if not quantizes(quantizer.site):
             quantizer.observe(x)
             policy.observe(x)
             return x
@@ -100,7 +100,7 @@ class Site:
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
         quantizer = self._modules.get("weight_quantizer")
-        if quantizer is None or float_mode_on():
+        if quantizer is None or not quantizes(quantizer.site):
             return self.weight
         out, record = quantizer(self.weight), current_record()
         if record is not None and record.keep_pairs:
@@ -192,7 +192,8 @@ class WeightedPortSite(PortSite):
 
     def forward(self, x: Tensor, *args, **kwargs):
         """As :class:`PortSite`; the quantized weight stands in for the parameter while the forward runs."""
-        if self.quantizer("weight") is None or float_mode_on():
+        quantizer = self.quantizer("weight")
+        if quantizer is None or not quantizes(quantizer.site):
             return super().forward(x, *args, **kwargs)
         self.__dict__["weight"] = self.quantized_weight()  # found before the registered parameter
         try:

@@ -78,9 +78,13 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
 def _parts(recipe: Recipe, place: Place, channel_axis: int) -> tuple[Quantizer, Optional[BitPolicy]]:
     candidates = place.bits if isinstance(place.bits, tuple) else (place.bits,)
     role = "weight" if place.port == "weight" else "act"
-    axis, channels = 0 if role == "weight" else channel_axis, channels_at(place.module, place.port)
+    if role == "weight":  # of transposed convolutions it is (in, out / groups, ...)
+        axis = 1 if isinstance(place.module, nn.modules.conv._ConvTransposeNd) else 0
+        channels = place.module.weight.shape[axis]
+    else:
+        axis, channels = channel_axis, channels_at(place.module, place.port)
     cls = quantizer_class(place.spec.type)
-    extra = {"channels": channels} if cls.per_channel and role == "act" else {}
+    extra = {"channels": channels} if role in cls.per_channel else {}
     quantizer = cls(cls.Options(**place.spec.extras()), candidates, role, axis, **extra)
     quantizer.counts_in_fab = role == "act" and not place.own_bits
     if role == "weight":

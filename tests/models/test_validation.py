@@ -128,3 +128,15 @@ def test_modes_and_a_batch_of_whole_images(adaptive: nn.Module) -> None:
 def test_wrong_patches_are_told_before_anything_is_built(patches: dict) -> None:
     with pytest.raises(OptionsError, match=r"val\.patches"):
         model_of(nn.Identity(), patches=patches)
+
+
+@pytest.mark.parametrize(("key", "meant"), [("patchs", "patches"), ("detph", "depth"), ("Patches", "patches")])
+def test_slips_of_our_keys_are_told(key: str, meant: str) -> None:
+    with pytest.raises(
+        OptionsError, match=rf"val\.{key}: unknown key\. Did you mean '{meant}'\? Allowed: depth, patches"
+    ):
+        model_of(nn.Identity(), **{key: 2})
+
+
+def test_keys_of_the_host_are_free() -> None:
+    model_of(nn.Identity(), val_freq=5, save_img=False, suffix=None, use_pbar=True, pbar=False, grids=False, depth=2)

@@ -80,8 +80,8 @@ def make(name: str, role: str, bits: int | tuple[int, ...] = 4, layout: str = "N
     cls = QUANTIZERS[name]
     axis = 0 if role == "weight" else {"NCHW": 1, "NLC": -1}[layout]
     candidates = bits if isinstance(bits, tuple) else (bits,)
-    if cls.per_channel and role == "act":
-        return cls(cls.Options(), candidates, role, axis, channels=CHANNELS)
+    if role in cls.per_channel:
+        return cls(cls.Options(), candidates, role, axis, channels=CHANNELS if role == "act" else SHAPES[layout][0])
     return cls(cls.Options(), candidates, role, axis)
 
 
@@ -105,6 +105,8 @@ def build(
 def bounds(quantizer: Quantizer, x: Tensor, bits: int | None = None) -> tuple[float, float, float]:
     """Lowest level, highest level and step of a uniform quantizer (of ``x`` itself where it has no range)."""
     q = quantizer.qparams_of(x, bits) if hasattr(quantizer, "qparams_of") else quantizer.qparams(bits)
+    if q.scale.dim():
+        raise NotImplementedError("a grid for each channel has no two ends")
     scale, zero = q.scale.double().item(), q.zero_point.double().item()
     return (q.qmin - zero) * scale, (q.qmax - zero) * scale, scale
 

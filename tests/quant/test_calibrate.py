@@ -16,6 +16,7 @@ from qsr_plugin.quant.calibrate import calibrate, calibrating, image_batches
 from qsr_plugin.quant.quantizer import NotCalibratedError
 from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
+from tests.backbones import names_of
 
 
 def ranges(net: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def test_calibrating_again_replaces_the_first(net, images) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_weights_statistics_modes_and_gradients_are_untouched(tiny_net, images, backbone: str, training: bool) -> None:
     net = quantize_model(tiny_net(backbone), "pams").train(training)
-    net.body[0].eval()
+    net.get_submodule(names_of(net, "block")[0]).eval()
     modes = {name: module.training for name, module in net.named_modules()}
     before = {key: value.clone() for key, value in net.state_dict().items() if "_quantizer." not in key}
     calibrate(net, images)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from qsr_plugin.archs.roles import list_backbones
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from qsr_plugin.quant.surgery import plugin_keys, quantizers, tap
 from qsr_plugin.report.fab import feature_average_bits
 from qsr_plugin.report.storage import storage_bits
 from qsr_plugin.report.tables import depth_table, size, summary_table
+from tests.backbones import DEPTH, NO_DEPTH, names_of
 
 RECIPE = {"base": "percentile", "depth": {"role": "block"}, "stages": [{"depths": [1.0, 0.5, 0.25]}]}
 FACTORS = [1.5, -0.25, 0.75, 1.25]
@@ -29,7 +29,7 @@ FACTORS = [1.5, -0.25, 0.75, 1.25]
 ORDER = (1, 2, 3, 0)
 SIZE = (6, 10)
 
-backbones = pytest.mark.parametrize("backbone", list_backbones())
+backbones = pytest.mark.parametrize("backbone", DEPTH)
 
 
 def recipe(bits: int = 4, **changes: object):
@@ -84,9 +84,10 @@ def test_factors_of_one_change_nothing(tiny_net, images, deep, backbone: str) ->
 @backbones
 def test_a_block_scales_its_identity_path_only(tiny_net, deep, backbone: str) -> None:
     x = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(1))
-    original = tiny_net(backbone, num_block=4).body[1]
+    float_net = tiny_net(backbone, num_block=4)
+    original = float_net.get_submodule(names_of(float_net, "block")[1])
     for factor in (-0.25, 2.0):
-        block = deep(backbone, [1.0, factor], bits=32).body[1]
+        block = blocks_of(deep(backbone, [1.0, factor], bits=32))[1]
         branch = original(x) - x
         assert torch.allclose(block(x), factor * x + branch, atol=1e-6)
         block.skipped = True
@@ -182,14 +183,15 @@ def test_low_precision_keeps_its_type(deep, images) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, None])
 def test_blocks_left_out_do_not_run(deep, images, backbone: str, depth: int | None) -> None:
     net = set_depth(deep(backbone), depth)
-    names = calls_of(net, images[0])
-    layers = [name for name in names if name.startswith("body.") and name.count(".") > 1]
-    assert {name.split(".")[1] for name in layers} == set("0123"[:depth])
-    assert [name for name in names if name.startswith("body.") and name.count(".") == 1] == [
-        f"body.{number}" for number in range(4)
-    ]
-    places = {f"body.{number}.conv{conv}.input" for number in range(depth or 4) for conv in (1, 2)}
-    assert set(net.last_record().bits) == places
+    names, blocks = calls_of(net, images[0]), [name for name, _ in depth_blocks(net)]
+    kept = tuple(f"{block}." for block in blocks[:depth])
+    ran = {name for name in names if name.startswith(tuple(f"{block}." for block in blocks))}
+    assert ran and all(any(name.startswith(block) for name in ran) for block in kept)
+    assert all(name.startswith(kept) for name in ran)
+    assert [name for name in names if name in blocks] == blocks
+    assert set(net.last_record().bits) == {
+        f"{name}.input" for name in names_of(net, "block.conv") if name.startswith(kept)
+    }
 
 
 @backbones
@@ -281,7 +283,7 @@ def test_an_average_of_weights_needs_only_the_tensors(deep, images) -> None:
 def test_state_dict_holds_factors_and_order_and_no_choice(tiny_net, deep, backbone: str) -> None:
     plain = quantize_model(tiny_net(backbone, num_block=4), recipe(depth=None, stages=[{}])).state_dict()
     net = deep(backbone, FACTORS)
-    added = {*(f"body.{number}.shortcut_scale" for number in range(4)), "block_order"}
+    added = {*(f"{name}.shortcut_scale" for name, _ in depth_blocks(net)), "block_order"}
     assert set(net.state_dict()) - set(plain) == added
     assert added <= plugin_keys(net)
     rank_blocks(net)
@@ -296,7 +298,7 @@ def test_state_dict_holds_factors_and_order_and_no_choice(tiny_net, deep, backbo
 def test_float_checkpoints_load(tiny_net, deep, images, tmp_path, backbone: str) -> None:
     float_net = tiny_net(backbone, num_block=4)
     with torch.no_grad():
-        float_net.body[2].conv1.weight.mul_(2)
+        float_net.get_submodule(names_of(float_net, "block.conv_first")[2]).weight.mul_(2)
     save_torch(float_net.state_dict(), tmp_path / "float.pth")
     net = deep(backbone, bits=32)
     before = run(net, images[0])
@@ -397,7 +399,7 @@ def test_a_slimmed_network_learns_and_calibrates(deep, images) -> None:
 
 
 def test_a_network_built_by_its_class_describes_itself_when_slimmed(deep, tmp_path, images) -> None:
-    for kind in list_backbones():
+    for kind in DEPTH:
         net = deep(kind, FACTORS)
         rank_blocks(net)  # drops block 0
         del net.backbone_options
@@ -435,17 +437,20 @@ def test_costs_of_a_depth(deep, tiny_net, backbone: str, depth: int) -> None:
     net = deep(backbone, FACTORS)
     rank_blocks(net)
     full, at = complexity(net, SIZE), complexity(set_depth(net, depth), SIZE)
-    block = 2 * 8 * 8 * 9 * SIZE[0] * SIZE[1]
+    names = [name for name, _ in depth_blocks(net)]
+    float_block = tiny_net(backbone, num_block=4).get_submodule(names[0])
+    weights = [module.weight.numel() for module in float_block.modules() if isinstance(module, nn.Conv2d)]
+    block = sum(weights) * SIZE[0] * SIZE[1]
     assert full.macs - at.macs == (4 - depth) * block
     assert full.bitops - at.bitops == full.bitops_quantized - at.bitops_quantized == (4 - depth) * block * 16
-    assert {row.name.split(".")[1] for row in at.sites if row.name.startswith("body")} == set(map(str, ORDER[:depth]))
+    ran = {name for name in names if any(row.name.startswith(f"{name}.") for row in at.sites)}
+    assert ran == {names[number] for number in ORDER[:depth]}
     assert (full.blocks, at.blocks) == ((4, 4), (depth, 4))
     assert (full.storage_bits, full.parameters) == (at.storage_bits, at.parameters)
     small = complexity(slim(net, depth), SIZE)
     assert (small.macs, small.bitops, small.sites, small.blocks) == (at.macs, at.bitops, at.sites, (depth, depth))
-    float_block = tiny_net(backbone, num_block=4).body[0]
     assert at.parameters - small.parameters == (4 - depth) * sum(p.numel() for p in float_block.parameters())
-    stored = storage_bits(net.body[0]) - 32  # without its factor, which stays
+    stored = storage_bits(net.get_submodule(names[0])) - 32  # without its factor, which stays
     assert at.storage_bits - small.storage_bits == (4 - depth) * stored
     assert at.float_storage_bits - small.float_storage_bits == (4 - depth) * storage_bits(float_block)
 
@@ -540,6 +545,14 @@ def test_shared_blocks_cannot_be_left_out_alone(stack) -> None:
     block = Windows()
     with pytest.raises(RecipeError, match=r"one block is used as layers\.0 and layers\.2"):
         quantize_model(stack(block, Windows(), block), recipe())
+
+
+@pytest.mark.parametrize("backbone", NO_DEPTH)
+def test_blocks_that_do_more_than_add_cannot_be_left_out(tiny_net, backbone: str) -> None:
+    with pytest.raises(RecipeError, match=f"{NO_DEPTH[backbone]}.*Set 'depth' of the recipe to null"):
+        quantize_model(tiny_net(backbone), recipe())
+    one_depth = load_recipe("quantsr", depth=None, stages=[{}])
+    assert quantize_model(tiny_net(backbone), one_depth).recipe.depth is None
 
 
 @pytest.mark.parametrize("port", ["input", "shortcut", "output"])

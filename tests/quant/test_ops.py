@@ -115,17 +115,19 @@ def test_symmetric_grid_equals_the_reference_with_all_gradients(numbers: list[fl
         assert torch.allclose(a, b, atol=1e-7)
 
 
-@pytest.mark.parametrize(("ties", "share"), [("inside", 1.0), ("split", 0.5), ("outside", 0.0)])
-def test_elements_on_a_bound_count_as_asked(ties: str, share: float) -> None:
+@pytest.mark.parametrize(
+    ("ties", "share", "clipped"), [("inside", 1, 0), ("split", 0.5, 0.5), ("outside", 0, 1), ("both", 1, 1)]
+)
+def test_elements_on_a_bound_count_as_asked(ties: str, share: float, clipped: float) -> None:
     x = torch.tensor([-1.0, 1.0], requires_grad=True)
     lower, upper = torch.tensor(-1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
     y = fake_quantize(x, upper - lower, 3.0, (0.0, 3.0), bounds=(lower, upper), anchor=lower.detach(), ties=ties)
     dx, dl, du = gradients(y, torch.ones(2), x, lower, upper)
     assert dx.tolist() == [share, share]
-    assert (dl.item(), du.item()) == (1 - share, 1 - share)
+    assert (dl.item(), du.item()) == (clipped, clipped)
 
 
-@pytest.mark.parametrize("ties", ["inside", "split", "outside"])
+@pytest.mark.parametrize("ties", ["inside", "split", "outside", "both"])
 @pytest.mark.parametrize("width", [1.0, 1e-4, 1e-8, 1e-12])
 @pytest.mark.parametrize("centre", [0.0, 1000.0])
 def test_gradients_of_the_bounds_stay_exact_when_the_range_is_tiny_beside_the_data(
@@ -145,7 +147,7 @@ def test_gradients_of_the_bounds_stay_exact_when_the_range_is_tiny_beside_the_da
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steepness", [0.0, 1.0])
-@pytest.mark.parametrize("ties", ["inside", "split", "outside"])
+@pytest.mark.parametrize("ties", ["inside", "split", "outside", "both"])
 @given(st.lists(st.sampled_from([-2.0, -1.25, -0.3, 0.0, 0.4, 0.7, 0.70000005, 0.69999995, 3.0]), min_size=1), values)
 def test_bounds_of_one_number_and_bounds_of_every_element_agree(
     ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]

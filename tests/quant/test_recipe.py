@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.recipe import Recipe, RecipeError, list_methods, load_recipe, recipe_folder
 from qsr_plugin.quant.schema import Stage
 
@@ -215,3 +216,10 @@ def test_what_recipes_may_say_about_policies() -> None:
     plain = load_recipe("pams")
     assert (plain.teacher, plain.tuning, plain.calibration.fit) == ("float", None, 0)
     assert plain.act_widths == plain.bits.act and {"bits", "thresholds"} <= set(Stage().train)
+
+
+def test_an_unknown_option_of_a_policy_is_told_with_its_own() -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.policy\.threshhold: unknown key") as error:
+        load_recipe("granular_dq", policy={"type": "granularity", "threshhold": 1})
+    assert all(name in str(error.value) for name in policy_class("granularity").Options.model_fields)
+    assert "Allowed: type" not in str(error.value)

@@ -1,0 +1,64 @@
+"""The steps of post-training quantization in their order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsr_plugin import fragile_layers, load_recipe
+from qsr_plugin.post_training import post_train
+from qsr_plugin.quant.schema import Rule
+from qsr_plugin.quant.surgery import quantizers
+
+RATE = {"weight_ranges": 1.0e-2, "ranges": 1.0e-2}
+STAGES = [{"train": [group], "iters": 2, "lr": {group: rate}} for group, rate in RATE.items()]
+
+
+def recipe(method: str = "minmax", **changes: object):
+    return load_recipe(method, weight_bits=4, act_bits=4, placement="body", **changes)
+
+
+def test_calibrated_only(tiny_net, images) -> None:
+    float_net = tiny_net()
+    before = {key: value.clone() for key, value in float_net.state_dict().items()}
+    made = post_train(float_net, recipe(), images)
+    assert list(made.seconds) == ["calibration"] and made.fragile == () and made.recipe == recipe()
+    assert made.net.recipe == made.recipe and not made.net.training and made.net._last_record is None
+    assert getattr(float_net, "recipe", None) is None
+    assert all(torch.equal(float_net.state_dict()[key], value) for key, value in before.items())
+    with torch.no_grad():
+        assert not torch.equal(made.net(images[0]), float_net(images[0]))
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_tuned_if_the_recipe_says_how(tiny_net, images, tuned: bool) -> None:
+    told: list[tuple[str, int]] = []
+
+    def progress(items, description: str):
+        told.append((description, len(items)))
+        return items
+
+    made = post_train(tiny_net(), recipe("percentile_ft", stages=STAGES), images, tuned=tuned, progress=progress)
+    spent = ["teacher", "weight_ranges", "ranges"] if tuned else []
+    assert list(made.seconds) == ["calibration", *spent]
+    assert told == [("calibrating", 3)] + [("tuning", 4)] * tuned
+
+
+def test_fragile_places_get_their_bits_before_the_tuning(tiny_net, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raised(net, float_net, crops, *, progress):
+        assert len(crops) == 3 and dict(quantizers(net))["body.0.conv1.input"].calibrated
+        rules = (*net.recipe.rules, Rule(match="body.0.conv1", port="input", bits=8, in_fab=True))
+        return net.recipe.model_copy(update={"placements": {**net.recipe.placements, "body": rules}})
+
+    monkeypatch.setattr(fragile_layers, "with_fragile_places", raised)
+    asked = recipe("percentile_ft", stages=STAGES, fragile={"bits": 8, "budget": 0.1})
+    made = post_train(tiny_net(), asked, images)
+    assert made.fragile == ("body.0.conv1.input",) and made.net.recipe == made.recipe != asked
+    bits = {place: quantizer.candidates for place, quantizer in quantizers(made.net) if place.endswith("input")}
+    assert bits.pop("body.0.conv1.input") == (8,) and set(bits.values()) == {(4,)}
+    assert list(made.seconds) == ["calibration", "fragile places", "teacher", "weight_ranges", "ranges"]
+
+
+def test_no_crops(tiny_net) -> None:
+    with pytest.raises(ValueError, match="no calibration images"):
+        post_train(tiny_net(), recipe(), [])
