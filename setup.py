@@ -13,6 +13,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "qsr_plugin" / "__init__.py").read_text("utf-8")).group(1)
+SPANDREL = ["spandrel>=0.4"]  # networks known from their weights alone
 MAPPED = {"qsr_plugin.archs": "archs", "qsr_plugin.options": "options", "qsr_plugin.assets": "assets"}
 
 
@@ -41,8 +42,15 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["qsr_plugin", "qsr_plugin.*"]) + mapped_packages(),
     package_dir=MAPPED,
-    package_data={"qsr_plugin.options": ["**/*.yml"], "qsr_plugin.assets": ["*.safetensors", "*.md"]},
+    package_data={
+        "qsr_plugin.methods": ["*.md"],
+        "qsr_plugin.options": ["**/*.yml"],
+        "qsr_plugin.assets": ["*.safetensors", "*.md"],
+    },
     install_requires=requirements(),
-    extras_require={"test": ["pytest>=7", "pytest-timeout", "hypothesis", "build", "pip>=22.3", "setuptools>=70.1"]},
+    extras_require={
+        "spandrel": SPANDREL,
+        "test": ["pytest>=7", "pytest-timeout", "hypothesis", "build", "pip>=22.3", "setuptools>=70.1", *SPANDREL],
+    },
     entry_points={"console_scripts": ["qsr = qsr_plugin.cli:main"]},
 )

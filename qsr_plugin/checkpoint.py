@@ -202,9 +202,25 @@ def state_dict_in(content: Mapping[str, Any], path: Union[str, Path], prefer: st
     state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
     if not tensors or len(tensors) != len(state):
-        odd = sorted({str(key) for key in state if key not in tensors})[:3]
-        raise CheckpointError(f"{path} is not a state dict (entries like {', '.join(odd)}); {_SUFFIX_HELP}")
+        odd = ", ".join(sorted({str(key) for key in state if key not in tensors})[:3]) or "none, it is empty"
+        raise CheckpointError(f"{path} is not a state dict (entries: {odd}); {_SUFFIX_HELP}")
     return {key[7:] if key.startswith("module.") else key: value for key, value in tensors.items()}
+
+
+def float_state(path: Union[str, Path], prefer: str = "params_ema") -> dict[str, Tensor]:
+    """The state dict of a float checkpoint, see :func:`state_dict_in`.
+
+    Raises:
+        CheckpointError: If there is none in it, or that of a quantized network.
+    """
+    content, metadata = read_file(path)
+    state = state_dict_in(content, path, prefer)
+    if "recipe" in metadata or any("_quantizer." in key for key in state):
+        raise CheckpointError(
+            f"{path} is a quantized checkpoint, a float one is wanted here. Use it as path.pretrain_network_g in an "
+            "option file, or qsr_plugin.load_quantized(path)."
+        )
+    return state
 
 
 def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "params_ema") -> int:
@@ -221,15 +237,9 @@ def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "pa
     Raises:
         CheckpointError: On any missing, unexpected or differently shaped key; nothing is changed then.
     """
-    content, metadata = read_file(path)
-    state = state_dict_in(content, path, prefer)
-    if "recipe" in metadata or any("_quantizer." in key for key in state):
-        raise CheckpointError(
-            f"{path} is a quantized checkpoint, a float one is wanted here. Use it as path.pretrain_network_g in an "
-            "option file, or qsr_plugin.load_quantized(path)."
-        )
-    own = net.state_dict()
-    expected = {key: value for key, value in own.items() if key not in plugin_keys(net)}
+    state, own = float_state(path, prefer), net.state_dict()
+    rebuilt = getattr(net, "rebuilt_buffers", frozenset()) - set(state)  # index tables that files may leave out
+    expected = {key: value for key, value in own.items() if key not in plugin_keys(net) | rebuilt}
     problems = key_differences(expected, state)
     if problems:
         kind = getattr(net, "float_class", type(net))
@@ -274,9 +284,13 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
 
     import_host()
     from qsr_plugin.archs.quant_net_arch import QuantNet
+    from qsr_plugin.options_file import path_in
 
     try:
-        net = QuantNet(json.loads(metadata["backbone"]), json.loads(metadata["recipe"]))
+        described = [json.loads(metadata[key]) for key in ("backbone", "recipe")]
+        if other := path_in(described):
+            raise ValueError(f"it names another file, '{other}', which a checkpoint never needs: do not trust it")
+        net = QuantNet(*described)
     except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
     problems = key_differences(net.state_dict(), content)

@@ -1,14 +1,16 @@
-"""How much memory is free, and memory of freed tensors kept by the process instead of handed back to the system."""
+"""How much memory is free, how much was used at most, and how the process keeps that of freed tensors."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 #: Limit and use of a control group, and what its figures of memory begin with, by its version.
 _GROUP_FILES = {
@@ -48,6 +50,18 @@ def free_memory(device: torch.device) -> int:
         return _ASSUMED
     sizes = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     return min([1024 * int(sizes["MemAvailable"].split()[0]), *_left_by_limits()])
+
+
+def peak_memory() -> int:
+    """Bytes of main memory this process has held at its peak."""
+    own = _read(_STATUS)  # unlike getrusage, not inherited from the process that started this one
+    found = [int(line.split()[1]) for line in own.splitlines() if line.startswith("VmHWM")]
+    if found:
+        return 1024 * found[0]
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _left_by_limits() -> Iterator[int]:

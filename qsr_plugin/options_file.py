@@ -18,6 +18,8 @@ from qsr_plugin.quant.recipe import load_recipe
 _UNSET = {("val", "depth"), ("val", "patches")}
 #: How alike a key and a known one are, from 0 to 1, for the first to be taken for a slip; blocks have few names.
 _ALIKE, _ALIKE_BLOCK = 0.85, 0.7
+#: How names of files end that hold networks or options.
+_FILES = (".bin", ".ckpt", ".json", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".yaml", ".yml")
 #: What is checked key by key elsewhere: constructors refuse unknown arguments, recipes are strict.
 _CHECKED_ELSEWHERE = ("network_g", "recipe")
 
@@ -208,6 +210,17 @@ def scale_of(backbone: Mapping[str, Any]) -> int:
     if not isinstance(scale, int):
         raise OptionsError(f"the options of {backbone.get('type')} name no scale: add upscale")
     return scale
+
+
+def path_in(value: Any) -> str:
+    """The first string in plain data that is a path or ends like the name of a file; empty if there is none.
+
+    Options of a foreign file must not have one: some constructors open what they are given.
+    """
+    if isinstance(value, str):
+        return value if re.search(r"[/\\]", value) or value.lower().endswith(_FILES) else ""
+    parts = (*value, *value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next(filter(None, map(path_in, parts)), "")
 
 
 def parse_bits(text: str) -> tuple[int, int]:

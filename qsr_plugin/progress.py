@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
 
 Item = TypeVar("Item")
+#: Wraps a sequence that is worked through, with what is done to its items: :func:`track` without its console.
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 #: Seconds between two lines where there is no terminal.
 EVERY = 30.0
+
+
+def no_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The items as they are."""
+    return items
 
 
 def track(items: Iterable[Item], description: str, console: Console) -> Iterator[Item]:

@@ -57,10 +57,6 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-#: Constructor arguments that make a backbone small enough for tests.
-TINY = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2}
-
-
 @pytest.fixture
 def tiny_net() -> Callable[..., nn.Module]:
     """Build a small float backbone with fixed random weights: ``tiny_net("EDSR", num_block=1)``."""
@@ -68,9 +64,11 @@ def tiny_net() -> Callable[..., nn.Module]:
     def build(kind: str = "EDSR", **changes: object) -> nn.Module:
         from qsr_plugin.archs.quant_net_arch import build_backbone
 
+        from tests.backbones import tiny_options
+
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build_backbone({"type": kind, **TINY, **changes}).eval()
+            return build_backbone(tiny_options(kind, **changes)).eval()
 
     return build
 

@@ -28,6 +28,11 @@ def equal(method: str, bits: int, **changes: Any) -> Recipe:
     return load_recipe(method, weight_bits=bits, act_bits=min(max(bits, 2 + reach), 16 - reach), **changes)
 
 
+def by_role(method: str) -> list[str]:
+    """Placements of a recipe that every backbone with a role table has; others look for modules that few have."""
+    return [name for name, rules in load_recipe(method).placements.items() if all(rule.role for rule in rules)]
+
+
 def widths(recipe: Recipe) -> tuple[int, ...]:
     """Activation bit widths that a recipe may use."""
     return recipe.act_widths if isinstance(recipe.act_widths, tuple) else (recipe.act_widths,)
@@ -68,4 +73,6 @@ def shipped(method: str, net: nn.Module, **changes: Any) -> Recipe:
 
 
 METHODS = list_methods()
+#: Those the host can train: no learning rates in quantization steps.
+TRAINED = [name for name in METHODS if (tuning := load_recipe(name).tuning) is None or not tuning.relative]
 ADAPTIVE = [method for method in METHODS if is_adaptive(method)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,20 @@ def test_free_memory_is_what_the_system_calls_available(tmp_path: Path, monkeypa
 def test_a_system_that_does_not_say_is_taken_to_have_two_gibibytes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
     assert memory.free_memory(torch.device("cpu")) == 2 * 2**30
+
+
+def test_peak_memory_is_that_of_this_process(tmp_path: Path, monkeypatch) -> None:
+    """What Linux tells of the process itself; else what it and those that started it have used."""
+    told = tmp_path / "status"
+    told.write_text("VmPeak:\t       9 kB\nVmHWM:\t       5 kB\nVmRSS:\t       4 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", told)
+    assert memory.peak_memory() == 5 * 1024
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    for system, unit in (("linux", 1024), ("darwin", 1)):  # macOS counts in bytes
+        monkeypatch.setattr(memory, "sys", SimpleNamespace(platform=system))
+        assert memory.peak_memory() == 3 * 2**20 * unit
 
 
 GROUPS = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -17,8 +19,14 @@ from qsr_plugin.data.resize import downscale
 from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.schema import Calibration
 
+logger = logging.getLogger("qsr_plugin")
+
 #: Side in HR pixels of the crops that post-training methods calibrate on (Hong and Lee, CVPR 2024).
 CROP = 384
+#: LR pixels on each side that the reducing kernel reaches, and one more.
+_REACH = 3
+
+Progress = Callable[[Sequence[Path]], Iterable[Path]]
 
 
 def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterator[Tensor]:
@@ -62,12 +70,21 @@ def calibration_batches(opt: dict[str, Any], calibration: Calibration) -> Iterat
 
 
 def crops_from_folder(
-    folder: Union[str, Path], *, images: int, batch: int, scale: int = 1, side: int = 96, seed: int = 0
+    folder: Union[str, Path],
+    *,
+    images: int,
+    batch: int,
+    scale: int = 1,
+    side: int = 96,
+    seed: int = 0,
+    used: Optional[list[str]] = None,
+    progress: Progress = iter,
 ) -> Iterator[Tensor]:
     """Random crops of a folder's images in batches, as post-training methods calibrate on.
 
-    They are neither flipped nor turned, where Hong and Lee (CVPR 2024) do both. Files are read one at a time. Where a
-    side is shorter than a crop, all of it is used; only crops of equal size share a batch.
+    They are neither flipped nor turned, where Hong and Lee (CVPR 2024) do both. Files are read one at a time, and only
+    their crops are kept. Where a side is shorter than a crop, all of it is used; crops of equal size share a batch. A
+    file that cannot be used is told in a warning, and another one takes its place as long as there are more.
 
     Args:
         folder: Images of any sizes.
@@ -76,26 +93,77 @@ def crops_from_folder(
         scale: 1 for LR images; for HR photos the factor they are reduced by first.
         side: Side of a crop in LR pixels.
         seed: Seed of the draw of files and places.
+        used: Is given the names of the files the crops are from.
+        progress: Wraps the list of files, e.g. ``rich.progress.track``.
 
     Returns:
         ``(N, 3, h, w)`` tensors, RGB in [0, 1], made as they are asked for.
 
     Raises:
-        ValueError: For an empty folder or an unreadable image.
+        ValueError: For a folder without images, or where none can be used.
     """
-    return joined(_crops(folder, images, scale, side, random.Random(seed)), batch)
+    return joined(
+        _crops(folder, images, scale, side, random.Random(seed), [] if used is None else used, progress), batch
+    )
 
 
-def _crops(folder: Union[str, Path], images: int, scale: int, side: int, rng: random.Random) -> Iterator[Tensor]:
+def _crops(
+    folder: Union[str, Path],
+    images: int,
+    scale: int,
+    side: int,
+    rng: random.Random,
+    used: list[str],
+    progress: Progress,
+) -> Iterator[Tensor]:
     paths = list_images(folder)
-    for path in rng.sample(paths, min(images, len(paths))):
-        image = read_rgb(path)
-        if scale > 1:
-            height, width = (length - length % scale for length in image.shape[:2])
-            image = downscale(to_uint8(image[:height, :width]), scale)
-        height, width = (min(side, length) for length in image.shape[:2])
-        top, left = rng.randint(0, image.shape[0] - height), rng.randint(0, image.shape[1] - width)
-        yield to_tensor(np.ascontiguousarray(image[top : top + height, left : left + width])).unsqueeze(0)
+    chosen = rng.sample(paths, min(images, len(paths)))
+    spare = [path for path in paths if path not in set(chosen)] if len(chosen) < len(paths) else []
+    bad: list[str] = []
+    for path in chain(progress(chosen), _drawn(spare, rng)):
+        if len(used) == len(chosen):
+            break
+        try:
+            crop = _crop(path, scale, side, rng)
+        except ValueError as error:
+            bad.append(str(error))
+            logger.warning("left out of the calibration: %s", error)
+            continue
+        used.append(path.name)
+        yield crop
+    if not used:
+        raise ValueError(f"none of the {len(bad)} image(s) of {folder} can be used. The first: {bad[0]}")
+    if bad:
+        logger.warning("%d image(s) of %s left out, %d used", len(bad), folder, len(used))
+
+
+def _drawn(paths: list[Path], rng: random.Random) -> Iterator[Path]:
+    """All paths in random order, drawn when they are asked for."""
+    while paths:
+        yield paths.pop(rng.randrange(len(paths)))
+
+
+def _crop(path: Path, scale: int, side: int, rng: random.Random) -> Tensor:
+    """One crop ``(1, 3, h, w)`` of an image, or of what it is when reduced.
+
+    Raises:
+        ValueError: If the file cannot be read, or is smaller than one LR pixel.
+    """
+    image = read_rgb(path)
+    lengths = [length // scale for length in image.shape[:2]]
+    if 0 in lengths:
+        raise ValueError(f"{path}: is {image.shape[1]}x{image.shape[0]}, too small to be reduced {scale} times")
+    height, width = (min(side, length) for length in lengths)
+    top, left = rng.randint(0, lengths[0] - height), rng.randint(0, lengths[1] - width)
+    if scale == 1:
+        return to_tensor(image[top : top + height, left : left + width]).unsqueeze(0)
+    # Pixels beyond the crop count as far as the kernel reaches; the rest of a large photo need not be reduced.
+    first = [max(0, start - _REACH) for start in (top, left)]
+    last = [min(length, start + size + _REACH) for length, start, size in zip(lengths, (top, left), (height, width))]
+    part = image[first[0] * scale : last[0] * scale, first[1] * scale : last[1] * scale]
+    top, left = top - first[0], left - first[1]
+    reduced = downscale(to_uint8(part), scale)[top : top + height, left : left + width]
+    return to_tensor(np.ascontiguousarray(reduced)).unsqueeze(0)
 
 
 def _limited(batches: Iterator[Tensor], images: int) -> Iterator[Tensor]:

@@ -67,13 +67,13 @@ class Settings:
 
 
 def static_methods() -> list[str]:
-    """Shipped recipes that train weights at one fixed bit width."""
+    """Shipped recipes with which the host trains weights at one fixed bit width."""
     recipes = {name: load_recipe(name) for name in list_methods()}
     return [name for name, recipe in recipes.items() if _trains(recipe) and isinstance(recipe.act_widths, int)]
 
 
 def _trains(recipe: Recipe) -> bool:
-    return any("weights" in stage.train for stage in recipe.stages)
+    return recipe.tuning is None and any("weights" in stage.train for stage in recipe.stages)
 
 
 def check_jobs(jobs: Sequence[tuple[str, str]]) -> None:

@@ -103,9 +103,19 @@ def most_detailed_box(image: np.ndarray, scale: int) -> Box:
     side = max(1, min(round(min(height, width) / 5), min(height, width) - 2 * scale))
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float64)
     dy, dx = np.gradient(gray) if min(height, width) > 1 else (np.zeros_like(gray), np.zeros_like(gray))
-    total = cv2.integral(dx**2 + dy**2)
+    return largest_box(dx**2 + dy**2, side, scale if min(height, width) >= side + 2 * scale else 0)
+
+
+def largest_box(amount: np.ndarray, side: int, border: int = 0) -> Box:
+    """The square with the largest sum.
+
+    Args:
+        amount: (H, W), neither side shorter than ``side`` and twice ``border``.
+        side: Of the square, in pixels.
+        border: Pixels to stay away from the border.
+    """
+    total = cv2.integral(amount)
     energy = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
-    border = scale if min(height, width) >= side + 2 * scale else 0
     inside = energy[border : energy.shape[0] - border, border : energy.shape[1] - border]
     top, left = np.unravel_index(int(inside.argmax()), inside.shape)
     return Box(int(top) + border, int(left) + border, side, side)

@@ -159,10 +159,18 @@ def _to_image(out: Tensor, name: str) -> np.ndarray:
 
 def psnr_ssim(sr: np.ndarray, hr: np.ndarray, scale: int) -> tuple[float, float]:
     """PSNR (dB) and SSIM on Y of two (H, W, 3) RGB uint8 images, ``scale`` pixels on each side left out."""
-    # The host's metrics expect OpenCV's channel order.
-    bgr = np.ascontiguousarray(sr[..., ::-1]), np.ascontiguousarray(hr[..., ::-1])
-    options = {"crop_border": scale, "test_y_channel": True}
-    return float(calculate_psnr(*bgr, **options)), float(calculate_ssim(*bgr, **options))
+    ssim = calculate_ssim(*_as_host_reads(sr, hr), crop_border=scale, test_y_channel=True)
+    return psnr_of(sr, hr, scale), float(ssim)
+
+
+def psnr_of(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    """PSNR alone, as :func:`psnr_ssim` has it."""
+    return float(calculate_psnr(*_as_host_reads(sr, hr), crop_border=scale, test_y_channel=True))
+
+
+def _as_host_reads(*images: np.ndarray) -> list[np.ndarray]:
+    """In OpenCV's channel order, which the host's metrics expect."""
+    return [np.ascontiguousarray(image[..., ::-1]) for image in images]
 
 
 def find_pairs(hr_folder: str | Path, lr_folder: str | Path, scale: int) -> list[Pair]:
@@ -189,6 +197,16 @@ def find_pairs(hr_folder: str | Path, lr_folder: str | Path, scale: int) -> list
             "them, or give the HR folder they were made from."
         )
     return pairs
+
+
+def check_pairs(pairs: Iterable[Pair], scale: int) -> None:
+    """Read all images of a test set once, to tell what is wrong with them before work is done for it.
+
+    Raises:
+        ValueError: For an unreadable image, or sizes that do not fit the scale.
+    """
+    for hr_path, lr_path in pairs:
+        _check_sizes(hr_path, read_rgb(hr_path), lr_path, read_rgb(lr_path), scale)
 
 
 def _check_sizes(hr_path: Path, hr: np.ndarray, lr_path: Path, lr: np.ndarray, scale: int) -> None:

@@ -86,7 +86,7 @@ def _of_quantize(path: Path, data: Mapping[str, Any]) -> Iterator[Point]:
     for label, entry in data.items():
         if label == "complexity" or not isinstance(entry, Mapping):
             continue
-        scores = {entry.get("set", ""): entry} if "psnr" in entry else entry  # one test set, or several by name
+        scores = {entry.get("set", ""): entry} if "psnr" in entry else entry  # before, one set had no name
         for test, score in scores.items():
             if isinstance(score, Mapping) and "psnr" in score:
                 yield _point(path, label, test, score, {} if label == FLOAT else costs, f"{label}.{test}", _way(costs))

@@ -24,7 +24,7 @@ def site_table(report: ComplexityReport) -> Table:
     ``W bits`` and ``A bits`` are those of weight and input (means where a policy chooses); ``FAB`` says whether the
     place of the input counts there.
     """
-    table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_footer=True)
+    table = Table(title=f"{report.network}, {report.method}", caption=counted_at(report), show_footer=True)
     right = {"justify": "right", "no_wrap": True}
     table.add_column("Layer", "total", overflow="fold", min_width=max(len(row.name) for row in report.sites))
     table.add_column("MACs", quantity(report.macs), **right)
@@ -34,7 +34,7 @@ def site_table(report: ComplexityReport) -> Table:
     table.add_column("Size", size(report.storage_bits), **right)
     table.add_column("FAB", justify="center")
     for row in report.sites:
-        bits = _known(row.weight_bits, "{:.4g}"), _known(row.act_bits, "{:.4g}")
+        bits = known(row.weight_bits, "{:.4g}"), known(row.act_bits, "{:.4g}")
         numbers = quantity(row.macs), *bits, f"{row.parameters:,}", size(row.storage_bits)
         table.add_row(row.name, *numbers, "yes" if row.in_fab else "", style=None if row.quantized else "dim")
     parameters = report.parameters - sum(row.parameters for row in report.sites)
@@ -50,7 +50,7 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         report: From :func:`qsr_plugin.complexity`.
         scores: Name of the data set to its result.
     """
-    table = Table(title=f"{report.network}, {report.method}", caption=_counted_at(report), show_header=False)
+    table = Table(title=f"{report.network}, {report.method}", caption=counted_at(report), show_header=False)
     table.add_column()
     table.add_column(justify="right")
     quantized = [row for row in report.sites if row.quantized]
@@ -61,10 +61,10 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         "Parameters": f"{report.parameters:,}",
         "MACs": quantity(report.macs),
         "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
-        "FAB": _known(report.fab, "{:.2f} bits"),
-        "FAB weighted by MACs": _known(report.weighted_fab, "{:.2f} bits"),
-        "BitOPs": _operations(report.bitops),
-        "BitOPs of quantized layers": _operations(report.bitops_quantized),
+        "FAB": known(report.fab, "{:.2f} bits"),
+        "FAB weighted by MACs": known(report.weighted_fab, "{:.2f} bits"),
+        "BitOPs": operations(report.bitops),
+        "BitOPs of quantized layers": operations(report.bitops_quantized),
         **({"Ranges found at run time": f"{quantity(report.overhead)} float operations"} if report.overhead else {}),
         **({"Choosing bits": f"{quantity(report.policy_ops)} float operations"} if report.policy_ops else {}),
         "Size" if running == stored else f"Size of all {stored} blocks": size(report.storage_bits),
@@ -73,7 +73,7 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
     for name, result in (scores or {}).items():
         rows[f"{name} x{result.scale}"] = f"{result.psnr:.2f} dB / {result.ssim:.4f}"
         if result.bits is not None and result.bits.varies:
-            rows[f"{name} FAB (min, max)"] = _fab(result)
+            rows[f"{name} FAB (min, max)"] = fab_text(result)
             rows[f"{name} bits"] = result.bits.shares_text()
         if result.patches is not None:
             rows[f"{name} run as"] = protocol(result.patches)
@@ -89,11 +89,11 @@ def depth_table(reports: Iterable[ComplexityReport]) -> Table:
         reports: Costs of the slimmed networks (:func:`qsr_plugin.slim`), at least one.
     """
     reports = list(reports)
-    table = Table(title=f"{reports[0].network}, {reports[0].method}, by depth", caption=_counted_at(reports[0]))
+    table = Table(title=f"{reports[0].network}, {reports[0].method}, by depth", caption=counted_at(reports[0]))
     for heading in ("Blocks", "MACs", "BitOPs", "FAB", "Size if slimmed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        costs = quantity(report.macs), _operations(report.bitops), _known(report.fab, "{:.2f}")
+        costs = quantity(report.macs), operations(report.bitops), known(report.fab, "{:.2f}")
         table.add_row(str(report.blocks[0]), *costs, size(report.storage_bits))
     return table
 
@@ -120,13 +120,13 @@ def results_table(results: Mapping[str, tuple[ComplexityReport, EvaluationResult
         )
     first, score = next(iter(results.values()))
     way = f" Scores and FAB on {protocol(score.patches)}."
-    table = Table(title=title or None, caption=_counted_at(first) + way)
+    table = Table(title=title or None, caption=counted_at(first) + way)
     table.add_column("Network")
     for heading in ("PSNR", "SSIM", "FAB", "BitOPs", "Size"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, (report, result) in results.items():
-        scores = f"{result.psnr:.2f}", f"{result.ssim:.4f}", _fab(result)
-        table.add_row(label, *scores, _operations(report.bitops), size(report.storage_bits))
+        scores = f"{result.psnr:.2f}", f"{result.ssim:.4f}", fab_text(result)
+        table.add_row(label, *scores, operations(report.bitops), size(report.storage_bits))
     return table
 
 
@@ -157,7 +157,8 @@ def size(bits: int) -> str:
     return f"{quantity(bits / 8)}B" if bits >= 8000 else f"{bits // 8} B"
 
 
-def _counted_at(report: ComplexityReport) -> str:
+def counted_at(report: ComplexityReport) -> str:
+    """At what size and by which convention costs were counted."""
     height, width = report.input_size
     text = CONVENTIONS[report.convention].text
     counted = f"BitOPs '{report.convention}': {text}"
@@ -165,15 +166,17 @@ def _counted_at(report: ComplexityReport) -> str:
     return f"Per image of {height}x{width} (LR height x width){cut}. {counted}. 1 MB is 10^6 bytes."
 
 
-def _known(number: float | None, form: str) -> str:
+def known(number: float | None, form: str) -> str:
+    """A figure in a format, or that there is no record of it."""
     return NO_RECORD if number is None else form.format(number)
 
 
-def _operations(number: float | None) -> str:
+def operations(number: float | None) -> str:
+    """Bit operations, or that there is no record of them."""
     return NO_RECORD if number is None else quantity(number)
 
 
-def _fab(result: EvaluationResult) -> str:
+def fab_text(result: EvaluationResult) -> str:
     """Mean over the images, and the range if they differ."""
     bits = result.bits
     spread = bits is not None and bits.highest - bits.lowest >= 0.005

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsr_plugin import calibrate, compat, list_backbones, list_methods, quantize_model
+from qsr_plugin import calibrate, compat, list_methods, quantize_model
+from tests.backbones import FITTING
 from tests.recipes import shipped
 
 compat.import_host()
@@ -13,8 +14,7 @@ compat.import_host()
 from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
 
 
-@pytest.mark.parametrize("method", list_methods())
-@pytest.mark.parametrize("backbone", list_backbones())
+@pytest.mark.parametrize(("method", "backbone"), FITTING)
 def test_output_is_scale_times_any_input(tiny_net, backbone: str, method: str) -> None:
     net = tiny_net(backbone)
     scale = net.backbone_options["upscale"]

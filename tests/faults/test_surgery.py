@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
-from qsr_plugin.archs.roles import list_backbones
 from torch import Tensor, nn
 
 from qsr_plugin.quant.calibrate import calibrate
-from qsr_plugin.quant.recipe import RecipeError, list_methods, load_recipe
+from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.sites import Site
 from qsr_plugin.quant.surgery import quantize_model, quantizers, tap
+from tests.backbones import FITTING
+from tests.recipes import by_role
 
 
 def recipe(*rules: dict, **changes: object):
@@ -47,10 +48,11 @@ def test_rules_that_do_not_fit_are_named(tiny_net, rule: dict, message: str) -> 
     assert re.search(message, refused(tiny_net(), {"match": "conv_last", "port": "output"}, rule))
 
 
-def test_roles_need_a_known_backbone() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 3, 1))
-    message = refused(net, {"role": "block.conv", "port": "input"})
-    assert "no role table is registered for Sequential" in message and "EDSR" in message and "'match'" in message
+def test_roles_need_layers_that_can_play_them() -> None:
+    message = refused(nn.Sequential(nn.PixelShuffle(1)), {"role": "block.conv", "port": "input"})
+    assert "Sequential has no role table, and no convolution" in message and "EDSR" in message and "'match'" in message
+    message = refused(nn.Sequential(nn.Conv2d(3, 3, 3)), {"role": "block.conv", "port": "input"})
+    assert "Sequential has no role 'block.conv'. Allowed: body_end, head, tail, upsampler." in message
 
 
 def test_candidates_need_a_policy_that_chooses(tiny_net) -> None:
@@ -81,11 +83,10 @@ def test_taps_come_after_quantizing(tiny_net) -> None:
 # -- unusual networks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", list_backbones())
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize(("method", "backbone"), FITTING)
 def test_32_bits_reproduce_the_float_network_exactly(tiny_net, images, method: str, backbone: str) -> None:
     recipe = load_recipe(method)
-    for placement in recipe.placements:
+    for placement in by_role(method):
         # Every bit width of the recipe is float, those of single rules included.
         rules = [{**r.model_dump(exclude_none=True), "bits": 32} for r in recipe.placements[placement]]
         net = quantize_model(

@@ -26,7 +26,7 @@ BACKBONES = {
 STAGE = 2
 #: Every recipe with 3 bits, and adaptive ones with their own widths as well.
 RUNS = [
-    (method, own) for method in recipes.METHODS for own in ((False, True) if recipes.is_adaptive(method) else (False,))
+    (method, own) for method in recipes.TRAINED for own in ((False, True) if recipes.is_adaptive(method) else (False,))
 ]
 
 

@@ -21,7 +21,8 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.record import float_mode
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers
-from tests.recipes import ADAPTIVE, METHODS, equal, shipped
+from tests.backbones import FITTING
+from tests.recipes import ADAPTIVE, equal, shipped
 
 backbones = pytest.mark.parametrize("backbone", list_backbones())
 
@@ -34,12 +35,12 @@ def same_output(a: nn.Module, b: nn.Module, x: torch.Tensor) -> bool:
 # -- quantized networks ----------------------------------------------------------------------------------------------
 
 
-@backbones
 @pytest.mark.parametrize(
-    ("method", "own"), [*((name, False) for name in METHODS), *((name, True) for name in ADAPTIVE)]
+    ("method", "backbone", "own"),
+    [(method, backbone, own) for method, backbone in FITTING for own in (False, True) if method in ADAPTIVE or not own],
 )
 def test_saved_and_loaded_networks_agree_bit_for_bit(
-    tiny_net, images, tmp_path, method: str, own: bool, backbone: str
+    tiny_net, images, tmp_path, method: str, backbone: str, own: bool
 ) -> None:
     plain = tiny_net(backbone)
     recipe = shipped(method, plain) if own else equal(method, 4)

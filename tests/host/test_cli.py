@@ -155,8 +155,8 @@ def test_srresnet_keeps_its_quality(tmp_path: Path, method: str, bits: str, loss
         data / "Set5/LRbicx4",
     )  # fmt: skip
     figures = json.loads((tmp_path / "net.json").read_text())
-    assert figures["float"]["psnr"] == pytest.approx(32.01, abs=0.02)
-    assert figures["float"]["psnr"] - figures[f"{method} {bits}"]["psnr"] <= loss
+    assert figures["float"]["Set5"]["psnr"] == pytest.approx(32.01, abs=0.02)
+    assert figures["float"]["Set5"]["psnr"] - figures[f"{method} {bits}"]["Set5"]["psnr"] <= loss
 
 
 @needs_data

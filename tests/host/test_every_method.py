@@ -11,7 +11,7 @@ from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.surgery import plugin_keys
 from tests.host import every_method, harness
 from tests.host.test_ddp import free_port
-from tests.recipes import METHODS
+from tests.recipes import TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_two_processes_stay_the_same_with_every_method(data: Path, tmp_path: Pat
     }
 
 
-QAT = [name for name in METHODS if any("weights" in stage.train for stage in load_recipe(name).stages)]
+QAT = [name for name in TRAINED if any("weights" in stage.train for stage in load_recipe(name).stages)]
 
 
 @pytest.mark.parametrize("method", QAT)

@@ -22,7 +22,7 @@ from tests.host.conftest import ROOT, Built, call, new_environment, pip_install
 MAPPED = ("archs", "assets", "options")
 #: What makes up the installed package, by folder.
 INSTALLED = {
-    "qsr_plugin": {".py"},
+    "qsr_plugin": {".py", ".md"},
     "archs": {".py"},
     "options": {".py", ".yml"},
     "assets": {".py", ".md", ".safetensors"},

@@ -45,11 +45,10 @@ def test_calibrated_tuned_and_scored(photos: Path, tmp_path: Path) -> None:
         "ranges",
         "bits, thresholds",
     ]
-    result = figures["adabm W4A4MP"]
-    assert result["set"] == photos.parent.name
+    plain, result = (figures[label][photos.parent.name] for label in ("float", "adabm W4A4MP"))
     assert 2 <= result["fab"] <= 6 and result["fab"] == pytest.approx(figures["complexity"]["fab"], abs=1e-6)
-    assert result["bitops"] == figures["complexity"]["bitops"] < figures["float"]["bitops"]
-    assert result["storage_bits"] == figures["complexity"]["storage_bits"] < figures["float"]["storage_bits"]
+    assert result["bitops"] == figures["complexity"]["bitops"] < plain["bitops"]
+    assert result["storage_bits"] == figures["complexity"]["storage_bits"] < plain["storage_bits"]
     assert len({image["fab"] for image in result["images"]} | {4.0}) > 1, "bits are not those of a fixed method"
     net = load_quantized(tmp_path / "net.safetensors")
     with torch.no_grad():

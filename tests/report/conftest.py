@@ -14,6 +14,7 @@ from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import nn
 
 from qsr_plugin import calibrate, load_recipe, quantize_model
+from tests.backbones import tiny_options
 
 
 @pytest.fixture
@@ -22,8 +23,7 @@ def tiny() -> Callable[..., nn.Module]:
 
     def build(backbone: str, recipe: str | None = None, *, calibrated: bool = True, **overrides: object) -> nn.Module:
         torch.manual_seed(0)
-        sizes = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2}
-        net = build_backbone({"type": backbone, **sizes})
+        net = build_backbone(tiny_options(backbone))
         if recipe is not None:
             quantize_model(net, load_recipe(recipe, **overrides))
             if calibrated:

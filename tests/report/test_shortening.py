@@ -8,7 +8,7 @@ from torch import nn
 
 from qsr_plugin import load_recipe, quantize_model
 from qsr_plugin.quant.observers import percentile
-from qsr_plugin.quant.schema import LearningRates, Stage
+from qsr_plugin.quant.stage_schema import LearningRates, Stage
 from qsr_plugin.report.shortening import Budget, ShorteningError, fewest, median_span, shortened
 
 WIDE = 1e6  # ranges so wide that they limit no learning rate

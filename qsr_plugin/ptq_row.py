@@ -1,0 +1,199 @@
+"""One row of a table of post-training methods, made in a process of its own: ``python -m qsr_plugin.ptq_row JOB ROW``.
+
+A crash there costs one row, and the peak of its memory is that of one method. The table is in
+:mod:`qsr_plugin.ptq_table`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional
+
+from qsr_plugin import compat
+from qsr_plugin.data.images import list_images
+from qsr_plugin.report.ptq_rows import PtqRow
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Calibration images, the same for all methods.
+
+    Attributes:
+        folder: Images of any sizes.
+        reduce: Factor they are reduced by first: the network's scale for HR photos, 1 for LR images.
+        side: Side of a crop in LR pixels.
+        images: How many files are drawn.
+        seed: Of the draw.
+    """
+
+    folder: str
+    reduce: int
+    side: int
+    images: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a row depends on.
+
+    Attributes:
+        network: What the float network is called.
+        backbone: Its type and arguments.
+        weights: File of its float weights.
+        scale: Its up-sampling factor.
+        tests: Name of a test set to its folders, high and low resolution.
+        threads: CPU threads.
+        device: Where networks run, as PyTorch names it.
+        method: What the recipe is called; empty for the float network itself, as all that follows.
+        recipe: As plain data, before bits and placement are chosen.
+        bits: Like ``W4A4``.
+        placement: Key of the recipe's placements.
+        crops: What the ranges are found on.
+    """
+
+    network: str
+    backbone: Mapping[str, Any]
+    weights: str
+    scale: int
+    tests: Mapping[str, tuple[str, str]]
+    threads: int = 1
+    device: str = "cpu"
+    method: str = ""
+    recipe: Optional[Mapping[str, Any]] = None
+    bits: str = ""
+    placement: str = ""
+    crops: Optional[Crops] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; :meth:`read` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Job:
+        """A job from plain data."""
+        return cls(**{**data, "crops": data["crops"] and Crops(**data["crops"])})
+
+    def origin(self) -> dict[str, Any]:
+        """What its row is made from, as plain data: contents instead of names and paths.
+
+        Folders are told by names and sizes of their images, weights by their content.
+
+        Raises:
+            ValueError: For a folder without images.
+            OSError: If the weights cannot be read.
+        """
+        data = self.to_dict()
+        del data["network"], data["method"]
+        data["weights"] = _digest_of_file(self.weights)
+        data["tests"] = {name: [_digest_of_folder(one) for one in pair] for name, pair in self.tests.items()}
+        if self.crops is not None:
+            data["crops"]["folder"] = _digest_of_folder(self.crops.folder)
+        return json.loads(json.dumps(data))
+
+    def key(self) -> str:
+        """Short name of the origin."""
+        return hashlib.sha256(json.dumps(self.origin(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def row(self) -> PtqRow:
+        """The row as it is before anything is known."""
+        return PtqRow(self.network, self.method or "float", self.bits, self.placement)
+
+
+@lru_cache
+def _digest_of_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+@lru_cache
+def _digest_of_folder(path: str) -> str:
+    images = [(image.name, image.stat().st_size) for image in list_images(path)]
+    return hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]
+
+
+def make_row(job: Job) -> PtqRow:
+    """Quantize, calibrate and tune as the job says, then score and count. Call it in a process of its own.
+
+    Args:
+        job: What to do.
+
+    Raises:
+        UserError: For anything in it that cannot be used, and whatever else a method raises.
+    """
+    import torch
+
+    from qsr_plugin.memory import keep_freed_memory, peak_memory
+    from qsr_plugin.report.complexity import complexity
+    from qsr_plugin.report.evaluate import check_pairs, evaluate, find_pairs
+
+    torch.set_num_threads(job.threads)
+    for hr, lr in job.tests.values():
+        check_pairs(find_pairs(hr, lr, job.scale), job.scale)  # before work is done for them
+    device = torch.device(job.device)
+    if job.recipe is None:
+        made = {"net": _float_network(job).to(device)}
+    else:
+        torch.manual_seed(job.crops.seed)
+        keep_freed_memory()  # as the command line does
+        made = _post_trained(job, device)
+        on_gpu = device.type == "cuda"
+        made["memory"] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+    net, results = made.pop("net"), {}
+    for name, (hr, lr) in job.tests.items():
+        results[name] = evaluate(net, hr, lr, job.scale)
+    first = next(iter(results.values()))
+    costs = complexity(net, bits=first.place_bits)
+    scores = {name: {what: getattr(one, what) for what in ("psnr", "ssim", "fab")} for name, one in results.items()}
+    figures = {"fab": first.fab, "bitops": costs.bitops, "storage_bits": costs.storage_bits}
+    return PtqRow.read({**job.row().to_dict(), "scores": scores, **figures, **made})
+
+
+def _float_network(job: Job) -> Any:
+    from qsr_plugin.archs.quant_net_arch import build_backbone
+    from qsr_plugin.checkpoint import load_float_weights
+
+    net = build_backbone(dict(job.backbone))
+    load_float_weights(net, job.weights)
+    return net.eval()
+
+
+def _post_trained(job: Job, device: Any) -> dict[str, Any]:
+    """The network, and what making it took."""
+    from qsr_plugin.data.calibration_set import crops_from_folder
+    from qsr_plugin.options_file import parse_bits
+    from qsr_plugin.post_training import post_train
+    from qsr_plugin.quant.recipe import load_recipe
+
+    weight_bits, act_bits = parse_bits(job.bits)
+    recipe = load_recipe(job.recipe, weight_bits=weight_bits, act_bits=act_bits, placement=job.placement)
+    drawn = {"images": job.crops.images, "scale": job.crops.reduce, "side": job.crops.side, "seed": job.crops.seed}
+    crops = crops_from_folder(job.crops.folder, batch=recipe.calibration.batch, **drawn)
+    made = post_train(_float_network(job).to(device), recipe, [batch.to(device) for batch in crops])
+    return {"net": made.net, "seconds": dict(made.seconds), "fragile": made.fragile}
+
+
+def main(job_file: str, row_file: str) -> None:
+    """Read a job, write its row; one that fails says why, and its traceback goes to the standard error."""
+    from dataclasses import replace
+
+    from qsr_plugin.report.tables import write_json
+
+    compat.import_host()
+    job = Job.read(json.loads(Path(job_file).read_text("utf-8")))
+    try:
+        row = make_row(job)
+    except Exception as error:  # whatever it is, the table says it
+        traceback.print_exc()
+        row = replace(job.row(), note=f"{type(error).__name__}: {error}")
+    write_json(row.to_dict(), row_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,172 @@
+"""``qsr quantize``: a float checkpoint and a folder of pictures in, a quantized network with a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperCommand
+
+from qsr_plugin import compat
+from qsr_plugin.progress import track
+from qsr_plugin.report_cli import console, set_name
+
+#: Recipe of ``--method`` where none is given.
+DEFAULT_METHOD = "auto"
+_FEW = 16  # images below which the ranges may not fit others
+
+
+class SeveralTests(TyperCommand):
+    """A command whose ``--test HR LR`` may be repeated: typer has no lists of pairs, so it gets two single options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments in which each ``--test`` has two values."""
+        spread, left = [], list(args)
+        while left:
+            spread.append(left.pop(0))
+            if spread[-1].partition("=")[0] == "--test":
+                if "=" in spread[-1] or len(left) < 2 or any(value.startswith("-") for value in left[:2]):
+                    raise typer.BadParameter("--test takes two folders: --test HR_FOLDER LR_FOLDER")
+                spread += [left.pop(0), "--test", left.pop(0)]
+        return super().parse_args(ctx, spread)
+
+
+Option = typer.Option
+
+
+def quantize(
+    weights: Annotated[Path, typer.Argument(help="Float weights: .pth (bare, params or params_ema) or .safetensors.")],
+    images: Annotated[Optional[Path], Option(help="Folder of low-resolution images to calibrate on.")] = None,
+    photos: Annotated[Optional[Path], Option(help="Or: folder of photos, reduced by the network's scale.")] = None,
+    arch: Annotated[
+        Optional[str],
+        Option(help="If the weights are not recognised: a backbone of 'qsr list', or a YAML file with network_g."),
+    ] = None,
+    scale: Annotated[Optional[int], Option(min=1, help="Upsampling factor, to check against the weights.")] = None,
+    method: Annotated[str, Option(help="Shipped recipe (see 'qsr list') or a recipe YAML.")] = DEFAULT_METHOD,
+    bits: Annotated[
+        str, Option(help="Weight and activation bits, e.g. W4A4; 32 is float. W4A4MP: a method that adapts them.")
+    ] = "W4A4",
+    placement: Annotated[Optional[str], Option(help="Which layers: a placement of the recipe.")] = None,
+    tuned: Annotated[
+        bool, Option("--tune/--no-tune", help="Tune after the calibration, as the recipe says, or only calibrate.")
+    ] = True,
+    test: Annotated[
+        Optional[list[Path]], Option(metavar="HR LR", help="Folders of a test set; may be repeated.")
+    ] = None,
+    seed: Annotated[int, Option(help="Seed of the draw of calibration crops.")] = 0,
+    out: Annotated[
+        Optional[Path], Option("-o", "--out", help="Quantized model to write, .safetensors; else here, NAME_w4a4.")
+    ] = None,
+) -> None:
+    """Quantize a float network without training: --images or --photos is all it needs.
+
+    Writes OUT.safetensors, OUT.json (settings, scores, costs) and OUT.html (a page with pictures).
+    """
+    compat.import_host()
+    from qsr_plugin.checkpoint import check_quantized_path, save_quantized
+    from qsr_plugin.data.images import list_images
+    from qsr_plugin.float_networks import check_enlarges, open_float_network
+    from qsr_plugin.memory import keep_freed_memory
+    from qsr_plugin.post_training import post_train
+    from qsr_plugin.quantize_report import Settings, report_quantized
+
+    recipe = _recipe(method, bits, placement)
+    if (images is None) == (photos is None):
+        raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
+    out = out or _named(weights, method, bits, placement, tuned)
+    if out.resolve() == weights.resolve():
+        raise typer.BadParameter(f"-o {out} is the file of the float weights: choose another name")
+    list_images(images or photos)
+    network = open_float_network(weights, arch, scale)
+    told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
+    console.print(told, highlight=False, markup=False)
+    _check_fits(network.net, recipe)
+    tests = _test_sets(test or [], network.scale)
+    check_quantized_path(out)
+    used: list[str] = []
+    crops = _crops(images, photos, recipe, network.scale, seed, used)
+    if len(used) < _FEW:
+        console.print(f"note: only {len(used)} image(s) to calibrate on; {_FEW} or more are advised", highlight=False)
+    check_enlarges(network, crops[0])
+    keep_freed_memory()
+    made = post_train(network.net, recipe, crops, tuned=tuned, progress=_track)
+    save_quantized(made.net, out)
+    settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
+    report_quantized(settings, tests, crops)
+
+
+def _track(items: Sequence[Any], description: str) -> Iterable[Any]:
+    return track(items, description, console)
+
+
+def _named(weights: Path, method: str, bits: str, placement: Optional[str], tuned: bool) -> Path:
+    """File for the result: what was chosen beside the defaults is in its name, so that variants do not replace it."""
+    chosen = "" if method == DEFAULT_METHOD else Path(method).stem
+    parts = (weights.stem, chosen, bits.lower(), placement, "" if tuned else "untuned")
+    return Path(f"{'_'.join(filter(None, parts))}.safetensors")
+
+
+def _recipe(method: str, bits: str, placement: Optional[str]) -> Any:
+    """The recipe asked for, if it can be made without a training."""
+    from qsr_plugin import load_recipe
+    from qsr_plugin.options_file import parse_bits
+    from qsr_plugin.quant.policy import policy_class
+
+    weight_bits, act_bits = parse_bits(bits)
+    changes = {"placement": placement} if placement else {}
+    recipe = load_recipe(method, weight_bits=weight_bits, act_bits=act_bits, **changes)
+    reach = policy_class(recipe.policy.type).reach
+    if recipe.policy.type != "fixed" and not reach:
+        raise typer.BadParameter(
+            f"'{recipe.method}' chooses among several widths and learns how in a training: qsr train, with an option "
+            "file like those in options/train. Methods for qsr quantize have one width, or adapt around one (adabm)"
+        )
+    if bits.upper().endswith("MP") and recipe.policy.type == "fixed":
+        raise typer.BadParameter(f"--bits {bits} asks for adaptive bits, which '{recipe.method}' has not: leave out MP")
+    if reach and not bits.upper().endswith("MP"):
+        console.print(
+            f"'{recipe.method}' adapts activations around {act_bits} bits, {act_bits - reach} to {act_bits + reach}: "
+            f"{bits.upper()} is {bits.upper()}MP",
+            highlight=False,
+        )
+    if recipe.tuning is None and any("weights" in stage.train for stage in recipe.stages):
+        console.print(f"note: '{recipe.method}' is made for a training (qsr train); here it is only calibrated")
+    return recipe
+
+
+def _arguments(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items() if key != "type") or "no arguments"
+
+
+def _check_fits(float_net: Any, recipe: Any) -> None:
+    from copy import deepcopy
+
+    from qsr_plugin import quantize_model
+
+    quantize_model(deepcopy(float_net), recipe)
+
+
+def _test_sets(folders: list[Path], scale: int) -> dict[str, tuple[Path, Path]]:
+    """Folders (HR, LR) by a name of each test set, their images read and checked."""
+    from qsr_plugin.report.evaluate import check_pairs, find_pairs
+
+    tests: dict[str, tuple[Path, Path]] = {}
+    for hr, lr in zip(folders[::2], folders[1::2]):
+        name = set_name(hr)
+        number = sum(one == name or one.startswith(f"{name} (") for one in tests) + 1
+        tests[name if number == 1 else f"{name} ({number})"] = hr, lr
+        check_pairs(track(find_pairs(hr, lr, scale), f"checking {name}", console), scale)
+    return tests
+
+
+def _crops(images: Optional[Path], photos: Optional[Path], recipe: Any, scale: int, seed: int, used: list[str]) -> list:
+    from qsr_plugin.data.calibration_set import CROP, crops_from_folder
+
+    count, batch = recipe.calibration.images, recipe.calibration.batch
+    cut = {"scale": 1 if images else scale, "side": CROP // scale, "seed": seed}
+    reading = partial(_track, description="reading images")
+    return list(crops_from_folder(images or photos, images=count, batch=batch, used=used, progress=reading, **cut))

@@ -1,0 +1,212 @@
+"""What ``qsr quantize`` tells of a quantized network: on the terminal, as JSON, and as one HTML page."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from torch import Tensor
+
+from qsr_plugin import __version__
+from qsr_plugin.data.images import read_rgb, to_uint8
+from qsr_plugin.float_networks import FloatNetwork
+from qsr_plugin.post_training import PostTrained
+from qsr_plugin.progress import track
+from qsr_plugin.report.complexity import complexity, method_label
+from qsr_plugin.report.evaluate import evaluate, find_pairs
+from qsr_plugin.report.layers import LayerGroup, layer_groups, layer_lines
+from qsr_plugin.report.page import Page, Scored, cost_figures, score_figures, write_page
+from qsr_plugin.report.pictures import Example, example_of
+from qsr_plugin.report.tables import quantity, results_table, size, summary_table, write_json
+from qsr_plugin.report_cli import console
+
+#: Images on the page, and the LR side below which one is too small to show.
+_EXAMPLES, _SMALL = 3, 16
+
+TestSets = Mapping[str, tuple[Path, Path]]
+Scores = dict[str, dict[str, Scored]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, and what came of it.
+
+    Attributes:
+        weights: Float checkpoint.
+        out: Quantized network.
+        network: The float one.
+        made: The quantized one.
+        seed: Of the draw of crops.
+        folder: Of the calibration images.
+        photos: Whether these were reduced.
+        images: Names of those that were used.
+    """
+
+    weights: Path
+    out: Path
+    network: FloatNetwork
+    made: PostTrained
+    seed: int
+    folder: str
+    photos: bool
+    images: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Method and bits."""
+        return method_label(self.made.recipe)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether stages of the recipe ran after the calibration."""
+        return "teacher" in self.made.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        packages = {name: version(name) for name in ("basicsr", "torch")}
+        return {
+            "weights": str(self.weights),
+            "model": str(self.out),
+            "network": {"source": self.network.source, **self.network.options},
+            "scale": self.network.scale,
+            "method": self.made.recipe.method,
+            "label": self.label,
+            "tuned": self.tuned,
+            "seed": self.seed,
+            "calibration": {"folder": self.folder, "reduced": self.photos, "images": list(self.images)},
+            "versions": {"qsr_plugin": __version__, "python": platform.python_version(), **packages},
+            "recipe": self.made.recipe.to_dict(),
+            "fragile": list(self.made.fragile),
+            "seconds": self.made.seconds,
+        }
+
+
+def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor]) -> None:
+    """Print layers, costs and scores, and write the JSON file and the page beside the model.
+
+    Args:
+        settings: Of the run.
+        tests: Folders (HR, LR) by the name of the test set; may be empty.
+        crops: Of the calibration, which the page shows where there is no test set.
+
+    Raises:
+        ValueError: For an output that is not finite, or images that do not fit.
+        OSError: If a file cannot be written.
+    """
+    made, nets = settings.made, {"float": settings.network.net, settings.label: settings.made.net}
+    _print_seconds(made.seconds)
+    costs = complexity(made.net)
+    groups = layer_groups(costs, made.recipe)
+    for line in layer_lines(groups):
+        console.print(line, highlight=False, markup=False)
+    if made.fragile:
+        told = f"more bits for {len(made.fragile)} fragile places: {', '.join(made.fragile)}"
+        console.print(told, highlight=False, markup=False)
+    json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
+    known = {**settings.to_dict(), "layers": [group.to_dict() for group in groups]}
+    write_json({**known, "complexity": costs.to_dict()}, json)  # what ends a test later does not lose the settings
+    scores: Scores = {}
+    for name, folders in tests.items():
+        scores[name] = _score(name, nets, folders, settings.network.scale)
+        costs = next(iter(scores.values()))[settings.label][0]
+        write_json({**known, **_entries(scores), "complexity": costs.to_dict()}, json)
+    if not tests:
+        console.print(summary_table(costs))
+        if costs.fab is None:
+            console.print(f"'{made.recipe.method}' chooses bits by the image: for FAB and BitOPs, give --test HR LR")
+    examples = _of_tests(tests, scores, nets, settings) if tests else _of_crops(crops, nets, settings)
+    write_page(_page(settings, groups, scores, costs, examples), html)
+    console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_seconds(seconds: Mapping[str, float]) -> None:
+    """What each phase took: first the calibration, then all of the tuning."""
+    begin = [name for name in seconds if name in ("calibration", "clipping", "fragile places")]
+    for done, names in (("calibrated", begin), ("tuned", [name for name in seconds if name not in begin])):
+        total = sum(seconds[name] for name in names)
+        if names:
+            console.print(f"{done} in {total:.0f} s", highlight=False)
+        for name in names if len(names) > 1 else ():
+            console.print(f"  {name}: {seconds[name]:.0f} s, {seconds[name] / total:.0%}", highlight=False)
+
+
+def _score(name: str, nets: Mapping[str, Any], folders: tuple[Path, Path], scale: int) -> dict[str, Scored]:
+    """Costs and scores of the networks on one test set, printed as well."""
+    rows: dict[str, Scored] = {}
+    for label, net in nets.items():
+        told = f"testing {label} on {name}"
+        score = evaluate(net, *folders, scale, progress=lambda pairs, told=told: track(pairs, told, console))
+        rows[label] = complexity(net, bits=score.place_bits), score
+    console.print(results_table(rows, title=escape(f"{name} ({folders[0]})")))
+    return rows
+
+
+def _entries(scores: Scores) -> dict[str, Any]:
+    """Scores by network, then by the name of the test set."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, rows in scores.items():
+        for label, (costs, score) in rows.items():
+            spent = {"bitops": costs.bitops, "storage_bits": costs.storage_bits}
+            entries.setdefault(label, {})[name] = {**score.to_dict(), **spent}
+    return entries
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _of_tests(tests: TestSets, scores: Scores, nets: Mapping[str, Any], settings: Settings) -> list[Example]:
+    """The test images that lost most, by PSNR."""
+    loss: list[tuple[float, str, Path, Path]] = []
+    for name, (hr, lr) in tests.items():
+        plain, quantized = (scores[name][label][1].images for label in nets)
+        pairs = find_pairs(hr, lr, settings.network.scale)
+        loss += [(a.psnr - b.psnr, f"{name}: {pair[0].name}", *pair) for a, b, pair in zip(plain, quantized, pairs)]
+    worst = sorted((one for one in loss if one[0] == one[0]), key=lambda one: (-one[0], one[1]))[:_EXAMPLES]
+    return [
+        example_of(
+            f"{name} ({-lost:+.2f} dB)", read_rgb(lr), nets, hr=to_uint8(read_rgb(hr)), scale=settings.network.scale
+        )
+        for lost, name, hr, lr in worst
+    ]
+
+
+def _of_crops(crops: Sequence[Tensor], nets: Mapping[str, Any], settings: Settings) -> list[Example]:
+    """The first calibration crops."""
+    singles = [crop for batch in crops for crop in batch.split(1) if min(crop.shape[2:]) >= _SMALL][:_EXAMPLES]
+    pictures = [(255 * crop[0].permute(1, 2, 0)).round().byte().numpy() for crop in singles]
+    return [
+        example_of(f"calibration image {number}", picture, nets, scale=settings.network.scale)
+        for number, picture in enumerate(pictures, 1)
+    ]
+
+
+def _page(settings: Settings, groups: list[LayerGroup], scores: Scores, costs: Any, examples: list[Example]) -> Page:
+    made, network = settings.made, settings.network
+    plain = complexity(network.net)
+    lines = [f"Storage {size(plain.storage_bits)} \N{RIGHTWARDS ARROW} {size(costs.storage_bits)}"]
+    if costs.bitops is not None:
+        lines.append(f"BitOPs {quantity(plain.bitops)} \N{RIGHTWARDS ARROW} {quantity(costs.bitops)}")
+    for name, rows in scores.items():
+        before, after = (score.psnr for _, score in rows.values())
+        lines.append(f"{name}: PSNR {before:.2f} dB \N{RIGHTWARDS ARROW} {after:.2f} dB")
+    few = ", ".join(settings.images[:8]) + (", ..." if len(settings.images) > 8 else "")
+    facts = {
+        "Float weights": str(settings.weights),
+        "Network": f"{network.label}, {network.source}",
+        "Arguments": ", ".join(f"{key} {value}" for key, value in network.options.items() if key != "type"),
+        "Method": f"{settings.label}, placement {made.recipe.placement}, {'tuned' if settings.tuned else 'not tuned'}",
+        "Calibrated on": f"{len(settings.images)} {'photos, reduced' if settings.photos else 'images'}, "
+        f"from {settings.folder}: {few}",
+        "Seed": str(settings.seed),
+        **({"More bits for": ", ".join(made.fragile)} if made.fragile else {}),
+        "Versions": ", ".join(f"{name} {number}" for name, number in settings.to_dict()["versions"].items()),
+        "Model": str(settings.out),
+    }
+    tables = [score_figures(name, rows) for name, rows in scores.items()]
+    title = f"{network.label}, {settings.label}"
+    return Page(title, lines, tables, cost_figures(plain, costs), examples, groups, facts, made.seconds)

@@ -1,0 +1,356 @@
+"""What users give to ``qsr quantize``: all kinds of images, and files and folders that cannot be used; in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from qsr_plugin import cli, load_quantized, quantize_report, save_quantized
+from qsr_plugin.quant.surgery import quantize_model
+from qsr_plugin.quantize_cli import DEFAULT_METHOD
+from qsr_plugin.report.evaluate import evaluate
+from qsr_plugin.report.result_files import read_points
+from tests.host import harness
+
+SAYS = Callable[..., str]
+
+
+@pytest.fixture
+def qsr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> SAYS:
+    """Run ``qsr quantize`` in an empty folder; returns what it says, warnings and the error included."""
+    monkeypatch.setattr(cli.console, "_width", 400)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    caplog.set_level(logging.INFO, "qsr_plugin")
+
+    def run(*arguments: object, fails: bool = False) -> str:
+        caplog.clear()
+        given = ["quantize", *map(str, arguments)]
+        if "--method" not in given and "--no-tune" not in given:
+            given += ["--method", "minmax", "--bits", "W8A8"]
+        with cli.console.capture() as said:
+            done = CliRunner().invoke(cli.app, given, env={"COLUMNS": "400"})
+        assert (done.exit_code != 0) == fails, done.output + str(done.exception)
+        assert not fails or not list(tmp_path.glob("work/*")), "nothing is written where something is wrong"
+        text = said.get() + done.output + str(done.exception or "") + caplog.text
+        return " ".join(text.replace("│", " ").split())
+
+    return run
+
+
+@pytest.fixture
+def weights(tiny_net: Callable[..., nn.Module], tmp_path: Path) -> Path:
+    """Of a tiny EDSR x2 with random weights."""
+    path = tmp_path / "tiny.pth"
+    torch.save(tiny_net().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return harness.write_photos(tmp_path / "photos", 3, side=64)
+
+
+def write_pairs(folder: Path, scale: int = 2) -> tuple[Path, Path]:
+    return harness.write_photos(folder / "HR", 2, side=64), harness.write_photos(folder / "LR", 2, side=64 // scale)
+
+
+# -- the least ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -> None:
+    said = qsr(weights, "--photos", photos)
+    assert "tiny.pth: EDSR x2 (recognised)" in said and "num_feat 8" in said
+    assert "quantized: 4 of 8 layers at W8A8; float: 4" in said
+    assert "wrote tiny_minmax_w8a8.safetensors, tiny_minmax_w8a8.json and tiny_minmax_w8a8.html" in said
+    with torch.no_grad():
+        assert load_quantized("tiny_minmax_w8a8.safetensors")(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
+    data = json.loads(Path("tiny_minmax_w8a8.json").read_text())
+    assert data["scale"] == 2 and data["seed"] == 0 and data["network"]["source"] == "recognised"
+    assert sorted(data["calibration"]["images"]) == ["photo0.png", "photo1.png", "photo2.png"]
+    assert data["recipe"]["method"] == "minmax" and data["versions"]["torch"] == torch.__version__
+    assert [group["bits"] for group in data["layers"]] == ["W8A8", "float"] and data["seconds"]["calibration"] > 0
+    page = Path("tiny_minmax_w8a8.html").read_text()
+    assert "calibration image 3" in page and "photo0.png" in page and page.count("data:image/png;base64,") == 3 * 4
+
+
+def test_defaults(qsr: SAYS, weights: Path, photos: Path) -> None:
+    assert "layers at W4A4" in qsr(weights, "--photos", photos, "--no-tune")
+    data = json.loads(Path("tiny_w4a4_untuned.json").read_text())
+    assert data["method"] == DEFAULT_METHOD and data["recipe"]["bits"] == {"weight": 4, "act": 4}
+    assert list(data["seconds"]) == ["calibration", "fragile places"] and data["tuned"] is False
+    assert "not tuned" in Path("tiny_w4a4_untuned.html").read_text()
+
+
+def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Path) -> None:
+    one, other = write_pairs(tmp_path / "One"), write_pairs(tmp_path / "Other")
+    said = qsr(weights, "--photos", photos, "--test", *one, "--test", *other, "-o", "net.safetensors")
+    assert "testing float on One" in said and "testing minmax W8A8 on Other" in said
+    data = json.loads(Path("net.json").read_text())
+    assert list(data["float"]) == list(data["minmax W8A8"]) == ["One", "Other"]
+    assert data["float"]["One"]["psnr"] == data["float"]["Other"]["psnr"]
+    page = Path("net.html").read_text()
+    assert page.count("original (HR)") == 2 * 3, "below and as the text of three pictures"
+    assert {(point.label, point.test) for point in read_points(Path("net.json"))} == {
+        (label, name) for label in ("float", "minmax W8A8") for name in ("One", "Other")
+    }
+    qsr(weights, "--photos", photos, "--test", *one, "--test", *reversed((one[1], one[0])), "-o", "two.safetensors")
+    assert list(json.loads(Path("two.json").read_text())["float"]) == ["One", "One (2)"]
+    qsr(weights, "--photos", photos, "--test", *one, "-o", "one.safetensors")
+    assert list(json.loads(Path("one.json").read_text())["float"]) == ["One"], "as with several"
+
+
+def test_a_placement_is_in_the_name(qsr: SAYS, weights: Path, photos: Path) -> None:
+    qsr(weights, "--photos", photos, "--placement", "full")
+    assert load_quantized("tiny_minmax_w8a8_full.safetensors").recipe.placement == "full"
+
+
+def test_what_ends_a_test_loses_nothing_made_before(
+    qsr: SAYS, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = write_pairs(tmp_path / "One"), write_pairs(tmp_path / "Other")
+
+    def fails_on_other(net: nn.Module, hr: Path, *rest: object, **options: object) -> object:
+        if hr == other[0]:
+            raise KeyboardInterrupt
+        return evaluate(net, hr, *rest, **options)
+
+    monkeypatch.setattr(quantize_report, "evaluate", fails_on_other)
+    CliRunner().invoke(
+        cli.app,
+        ["quantize", str(weights), "--photos", str(photos), "--method", "minmax", "-o", "net.safetensors"]
+        + [str(part) for pair in (one, other) for part in ("--test", *pair)],
+    )
+    load_quantized("net.safetensors")
+    data = json.loads(Path("net.json").read_text())
+    assert list(data["float"]) == list(data["minmax W4A4"]) == ["One"] and data["seconds"]["calibration"] > 0
+
+
+def test_a_tuning_that_diverges_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge() -> None:
+        raise FloatingPointError("step 3: the gradient of conv_first.weight is not finite")
+
+    monkeypatch.setattr(cli, "app", diverge)
+    apart = SimpleNamespace(getLogger=logging.Logger, INFO=logging.INFO, WARNING=logging.WARNING)
+    monkeypatch.setattr(cli, "logging", apart)  # handlers of the command line stay out of other tests
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "error: step 3: the gradient of conv_first.weight is not finite\n"
+
+
+def test_a_method_of_a_training_says_so(qsr: SAYS, weights: Path, photos: Path) -> None:
+    note = "is made for a training (qsr train); here it is only calibrated"
+    assert f"'pams' {note}" in qsr(weights, "--photos", photos, "--method", "pams")
+    assert note not in qsr(weights, "--photos", photos, "--method", "percentile_ft", "--no-tune")
+
+
+def test_a_name_that_is_markup_stays_text(qsr: SAYS, tiny_net, photos: Path, tmp_path: Path) -> None:
+    torch.save(tiny_net().state_dict(), tmp_path / "<b>[red]x&.pth")
+    (photos / "photo0.png").rename(photos / "<img src=x onerror=alert(1)>.png")
+    assert "<b>[red]x&.pth: EDSR x2" in qsr(tmp_path / "<b>[red]x&.pth", "--photos", photos)
+    page = next(Path().glob("*.html")).read_text()
+    assert "<img src=x" not in page and "&lt;img src=x onerror" in page and "<b>[red]" not in page
+
+
+def test_adapting_methods_say_around_what(qsr: SAYS, weights: Path, photos: Path) -> None:
+    said = qsr(weights, "--photos", photos, "--method", "adabm", "--bits", "w4a4", "--no-tune")
+    assert "'adabm' adapts activations around 4 bits, 2 to 6: W4A4 is W4A4MP" in said
+    assert "layers at W4A2-6" in said and Path("tiny_adabm_w4a4_untuned.safetensors").is_file()
+    assert "W4A4 is" not in qsr(weights, "--photos", photos, "--method", "adabm", "--bits", "W4A4MP", "--no-tune")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def write_all_kinds(folder: Path) -> list[str]:
+    """One image of each kind that there is."""
+    folder.mkdir()
+    colour = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    rgb, grey16 = Image.fromarray(colour), colour[..., 0].astype(np.uint16) * 257
+    kinds = {
+        "grey.png": rgb.convert("L"),
+        "grey_alpha.png": rgb.convert("LA"),
+        "palette.png": rgb.convert("P"),
+        "alpha.png": rgb.convert("RGBA"),
+        "bilevel.png": rgb.convert("1"),
+        "grey16.png": Image.fromarray(grey16),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "grey.jpg": rgb.convert("L"),
+        "plain.webp": rgb,
+        "plain.bmp": rgb,
+    }
+    for name, image in kinds.items():
+        image.save(folder / name)
+    return sorted(kinds)
+
+
+@pytest.mark.parametrize("option", ["--photos", "--images"])
+def test_all_kinds_of_images(qsr: SAYS, weights: Path, tmp_path: Path, option: str) -> None:
+    names = write_all_kinds(tmp_path / "kinds")
+    assert "left out" not in qsr(weights, option, tmp_path / "kinds")
+    assert sorted(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["images"]) == names
+
+
+def test_two_images_work_with_a_note(qsr: SAYS, weights: Path, photos: Path) -> None:
+    (photos / "photo2.png").unlink()
+    assert "only 2 image(s) to calibrate on; 16 or more are advised" in qsr(weights, "--photos", photos)
+
+
+def test_unreadable_images_are_left_out_and_named(qsr: SAYS, weights: Path, photos: Path) -> None:
+    (photos / "broken.png").write_bytes((photos / "photo0.png").read_bytes()[:200])
+    (photos / "text.jpg").write_text("no image")
+    Image.new("RGB", (1, 9)).save(photos / "thin.png")
+    said = qsr(weights, "--photos", photos)
+    assert "broken.png: is damaged" in said and "text.jpg: is not a PNG" in said and "thin.png: is 1x9" in said
+    assert f"3 image(s) of {photos} left out, 3 used" in said
+    assert len(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["images"]) == 3
+
+
+def test_no_image_that_can_be_used(qsr: SAYS, weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    assert "found it empty" in qsr(weights, "--images", folder, fails=True)
+    (folder / "a.txt").write_text("a")
+    assert "found 1 other entries (a.txt)" in qsr(weights, "--images", folder, fails=True)
+    (folder / "a.png").write_bytes(b"")
+    said = qsr(weights, "--images", folder, fails=True)
+    assert "none of the 1 image(s)" in said and "a.png: is empty (0 bytes)" in said
+    assert "found a file" in qsr(weights, "--images", folder / "a.png", fails=True)
+    assert "found nothing" in qsr(weights, "--images", folder / "b", fails=True)
+    assert "give one of --images" in qsr(weights, fails=True)
+    assert "give one of --images" in qsr(weights, "--images", folder, "--photos", folder, fails=True)
+
+
+def test_test_sets_are_checked_before_the_work(qsr: SAYS, weights: Path, photos: Path, tmp_path: Path) -> None:
+    hr, lr = write_pairs(tmp_path / "Set")
+    other = harness.write_photos(tmp_path / "Other" / "LR", 2, side=16)
+    said = qsr(weights, "--photos", photos, "--test", hr, other, fails=True)
+    assert "HR must be exactly 2 times LR" in said and "calibrated" not in said and "reading images" not in said
+    (lr / "photo1.png").write_bytes(b"x")
+    assert "photo1.png: is not a PNG" in qsr(weights, "--photos", photos, "--test", hr, lr, fails=True)
+    (lr / "photo1.png").unlink()
+    assert "photo1.png: no partner in" in qsr(weights, "--photos", photos, "--test", hr, lr, fails=True)
+    assert "--test takes two folders" in qsr(weights, "--photos", photos, "--test", hr, fails=True)
+    for given in (["--test", hr, "--seed", "1"], ["--test", hr, "-o", "net.safetensors"], [f"--test={hr}"]):
+        assert "--test takes two folders" in qsr(weights, "--photos", photos, *given, fails=True)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def write_evil(path: Path, tiny_net: Callable[..., nn.Module]) -> None:
+    torch.save(tiny_net(), path)  # a pickled module
+
+
+def write_quantized(path: Path, tiny_net: Callable[..., nn.Module]) -> None:
+    net = quantize_model(tiny_net(), "minmax")
+    save_quantized(net, path.with_suffix(".safetensors"))
+    torch.save(net.state_dict(), path)
+
+
+def write_nan(path: Path, tiny_net: Callable[..., nn.Module]) -> None:
+    state = tiny_net().state_dict()
+    state["conv_last.bias"][0] = float("nan")
+    torch.save(state, path)
+
+
+def write_classifier(path: Path, tiny_net: Callable[..., nn.Module]) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10)).state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda path, net: path.write_bytes(b""), "is empty (zero bytes)"),
+        (lambda path, net: path.write_bytes(b"<!DOCTYPE html><html></html>"), "is an HTML or XML page (a failed downl"),
+        (write_evil, "save net.state_dict() instead of the network itself"),
+        (write_quantized, "is a quantized checkpoint, a float one is wanted here"),
+        (write_nan, "the weights are damaged"),
+        (write_classifier, "are those of no network known here. Tried: the networks of BasicSR"),
+        (write_classifier, "give --arch FILE, a YAML file with a network_g block"),
+        (lambda path, net: torch.save({"epoch": 3}, path), "is not a state dict (entries: epoch)"),
+        (lambda path, net: torch.save({}, path), "is not a state dict (entries: none, it is empty)"),
+        (lambda path, net: torch.save(torch.ones(2), path), "holds a Tensor"),
+    ],
+)
+def test_what_is_no_float_checkpoint(
+    qsr: SAYS, tiny_net, photos: Path, tmp_path: Path, write: Callable, says: str
+) -> None:
+    write(tmp_path / "net.pth", tiny_net)
+    assert says in qsr(tmp_path / "net.pth", "--photos", photos, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"), [(False, "spandrel knows more: pip install spandrel"), (True, "and sp")]
+)
+def test_unknown_networks_are_also_looked_for_in_spandrel(
+    qsr: SAYS, tiny_net, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, says: str
+) -> None:
+    asked: list[int] = []
+    fake = ModuleType("spandrel_arch")
+    fake.recognise_with_spandrel = lambda state: asked.append(len(state))
+    monkeypatch.setitem(sys.modules, "qsr_plugin.archs.spandrel_arch", fake)
+    find = importlib.util.find_spec
+    found = {"spandrel": installed or None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found[name] if name in found else find(name, *rest)
+    )
+    write_classifier(tmp_path / "net.pth", tiny_net)
+    assert says in qsr(tmp_path / "net.pth", "--photos", photos, fails=True)
+    assert asked == [4] * installed
+
+
+def test_a_quantized_model_of_ours_given_as_float(qsr: SAYS, tiny_net, photos: Path, tmp_path: Path) -> None:
+    write_quantized(tmp_path / "net.pth", tiny_net)
+    said = qsr(tmp_path / "net.safetensors", "--photos", photos, fails=True)
+    assert "is a quantized checkpoint, a float one is wanted here" in said
+
+
+def test_scales(qsr: SAYS, weights: Path, photos: Path, tmp_path: Path) -> None:
+    qsr(weights, "--photos", photos, "--scale", "2", "-o", tmp_path / "ok.safetensors")
+    assert "--scale is 4, but" in (said := qsr(weights, "--photos", photos, "--scale", "4", fails=True))
+    assert "tiny.pth enlarges 2 times" in said
+    said = qsr(weights, "--photos", photos, "--arch", "edsr_small_x4", fails=True)
+    assert "does not fit EDSR" in said and "Check backbone type, sizes and scale" in said
+
+
+def test_networks_for_other_images(qsr: SAYS, tiny_net, photos: Path, tmp_path: Path) -> None:
+    torch.save(tiny_net("MSRResNet", num_in_ch=1, num_out_ch=1).state_dict(), tmp_path / "grey.pth")
+    said = qsr(tmp_path / "grey.pth", "--photos", photos, fails=True)
+    assert "MSRResNet does not take an RGB image" in said
+
+
+def test_the_weights_are_not_overwritten(qsr: SAYS, tiny_net, photos: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tiny_net().state_dict(), tmp_path / "net.safetensors")
+    given = (tmp_path / "net.safetensors", "--photos", photos, "-o", tmp_path / "net.safetensors")
+    assert "is the file of the float weights" in qsr(*given, fails=True)
+
+
+def test_wrong_options_that_leave_no_trace_are_noticed(
+    qsr: SAYS, tiny_net, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that copies its input, once with the range of pixels it was made for and once with another."""
+    net = tiny_net("MSRResNet")
+    for parameter in net.parameters():
+        parameter.data.zero_()  # what is left is the bilinear enlargement
+    torch.save(net.state_dict(), tmp_path / "bilinear.pth")
+    assert "does not enlarge a calibration image" not in qsr(tmp_path / "bilinear.pth", "--photos", photos)
+    net.conv_last.bias.data.fill_(0.4)
+    torch.save(net.state_dict(), tmp_path / "shifted.pth")
+    assert "does not enlarge a calibration image" in qsr(tmp_path / "shifted.pth", "--photos", photos)

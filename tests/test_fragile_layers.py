@@ -1,0 +1,211 @@
+"""More bits for fragile layers: the right ones, within the budget, and nothing else changed."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin import calibrate, complexity, load_recipe, quantize_model
+from qsr_plugin.fragile_layers import with_fragile_places
+from qsr_plugin.quant.recipe import RecipeError
+from qsr_plugin.quant.schema import Recipe
+from qsr_plugin.quant.surgery import quantizers
+
+
+def minmax(bits: int = 4, fragile: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    """Ranges without clipping, so that bits are all that counts."""
+    given = {"placement": "full", **({} if fragile is None else {"fragile": fragile}), **changes}
+    return load_recipe("minmax", weight_bits=bits, act_bits=bits, **given)
+
+
+def quantized(float_net: nn.Module, recipe: Recipe, images: list[Tensor]) -> nn.Module:
+    return calibrate(quantize_model(deepcopy(float_net), recipe), images).eval()
+
+
+def choose(float_net: nn.Module, recipe: Recipe, images: list[Tensor], **more: Any) -> Recipe:
+    return with_fragile_places(quantized(float_net, recipe, images), float_net, images, **more)
+
+
+def raised(recipe: Recipe, before: Recipe) -> list[str]:
+    """``site.port`` of the extra rules."""
+    assert recipe.rules[: len(before.rules)] == before.rules
+    return [f"{rule.match}.{rule.port}" for rule in recipe.rules[len(before.rules) :]]
+
+
+def body_bitops(net: nn.Module) -> float:
+    """Of the layers that the recipe gives no bits of their own: blocks, and the convolution after them."""
+    rows = [row for row in complexity(net).sites if row.name.startswith(("body", "conv_after_body"))]
+    return sum(row.macs * row.weight_bits * row.act_bits for row in rows)
+
+
+@pytest.fixture
+def float_net(tiny_net) -> nn.Module:
+    """Four blocks; one convolution's weight has an outlier that leaves the other values few levels."""
+    net = tiny_net("EDSR", num_block=4)
+    with torch.no_grad():
+        for parameter in net.body.parameters():
+            parameter.mul_(3)
+        net.body[2].conv1.weight[0, 0, 0, 0] = 8.0
+    return net
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.34, 0.67, 1.0])
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_budget_is_kept_and_used(float_net, images, budget: float, bits: int) -> None:
+    before = minmax(fragile={"bits": bits, "budget": budget})
+    after = choose(float_net, before, images)
+    base = body_bitops(quantize_model(deepcopy(float_net), before))
+    growth = body_bitops(quantize_model(deepcopy(float_net), after)) / base - 1
+    one = (bits * bits / 16 - 1) / 9  # nine layers of one size
+    count = int(budget / one + 1e-9)
+    assert len(raised(after, before)) == 2 * min(count, 9)
+    assert growth == pytest.approx(min(count, 9) * one) and growth <= budget
+    assert (after is before) == (count == 0)
+
+
+def test_the_layers_that_remove_most_damage_are_chosen(float_net, images) -> None:
+    """Of all layers of one size, those where damage at 4 bits less damage at 8 is greatest."""
+    before = minmax(fragile={"bits": 8, "budget": 0.7})
+    after = choose(float_net, before, images)
+    names = [f"body.{block}.conv{conv}" for block in range(4) for conv in (1, 2)] + ["conv_after_body"]
+    removed = {}
+    for name in names:
+        errors = []
+        for bits in (4, 8):
+            rules = [{"match": name, "port": port, "bits": bits} for port in ("input", "weight")]
+            alone = minmax(placement="x", placements={"x": rules})
+            with torch.no_grad():
+                net = quantized(float_net, alone, images)
+                errors.append(sum((net(x) - float_net(x)).square().mean().item() for x in images))
+        removed[name] = errors[0] - errors[1]
+    best = sorted(names, key=lambda name: -removed[name])[:2]
+    assert "body.2.conv1" in best
+    assert raised(after, before) == [f"{name}.{port}" for name in best for port in ("input", "weight")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "budget", "want"),
+    [
+        (8, 0.69, ["conv_first"]),
+        (8, 0.95, ["conv_first", "body.0.conv2"]),
+        (5, 1.0, ["conv_first", "body.0.conv2", "body.0.conv1", "body.1.conv1"]),  # there is room for all
+    ],
+)
+def test_damage_removed_counts_by_what_it_costs(
+    tiny_net, images, monkeypatch, bits: int, budget: float, want: list[str]
+) -> None:
+    """The first layer has 3/8 of the multiplications of the others, so raising it costs 3/8 of what each of them does.
+
+    The greatest damage hardly falls with more bits, the second greatest costs more than the third for what it brings,
+    and one grows.
+    """
+    damages = {
+        4: {"body.0.conv1": 10.0, "body.0.conv2": 9.0, "conv_first": 5.0, "body.1.conv1": 1.0, "body.1.conv2": 1.0},
+        bits: {"body.0.conv1": 9.5, "body.0.conv2": 0.0, "conv_first": 0.0, "body.1.conv1": 0.5, "body.1.conv2": 2.0},
+    }
+
+    def errors(net: nn.Module, crops: object, groups: object, **_: object) -> tuple[dict[frozenset[str], float], int]:
+        width = net.conv_first.quantizer("input").candidates[0]
+        return {group: damages[width][min(group).rpartition(".")[0]] for group in groups}, 1
+
+    monkeypatch.setattr("qsr_plugin.fragile_layers.output_errors", errors)
+    rules = [{"match": name, "port": port} for name in ("body.*.conv?", "conv_first") for port in ("input", "weight")]
+    before = minmax(placement="x", placements={"x": rules}, fragile={"bits": bits, "budget": budget})
+    after = choose(tiny_net("EDSR"), before, images)
+    assert raised(after, before) == [f"{name}.{port}" for name in want for port in ("input", "weight")]
+
+
+def test_places_keep_their_quantizer_and_padding(tiny_net, images) -> None:
+    act = {"type": "asymmetric", "observer": "percentile", "alpha": 0.98}
+    rules = [
+        {"match": "body.*.conv?", "port": "input", "quantizer": act, "pad_first": True},
+        {"match": "body.*.conv?", "port": "weight"},
+        {"match": "conv_first", "port": "weight", "bits": 4},
+    ]
+    before = minmax(placement="x", placements={"x": rules, "other": []}, fragile={"bits": 8, "budget": 1.0})
+    after = choose(tiny_net(), before, images)
+    new = after.rules[len(rules) :]
+    assert len(new) == 2 and all(rule.bits == 8 and rule.in_fab for rule in new), "one of four layers, 300 % each"
+    assert [(rule.port, rule.pad_first, rule.quantizer) for rule in new] == [
+        ("input", True, before.rules[0].quantizer),
+        ("weight", False, None),
+    ]
+    net = quantize_model(tiny_net(), after)
+    site = net.get_submodule(new[0].match)
+    assert (
+        site.pad_first and site.quantizer("input").options.alpha == 0.98 and site.quantizer("input").candidates == (8,)
+    )
+    assert after.placements["other"] == before.placements["other"]
+    assert load_recipe(after.to_dict()) == after
+
+
+def test_raised_places_count_in_fab(float_net, images) -> None:
+    before = minmax(fragile={"bits": 8, "budget": 0.34})
+    net = quantized(float_net, choose(float_net, before, images), images)
+    counted = [quantizer for place, quantizer in quantizers(net) if quantizer.counts_in_fab]
+    assert len(counted) == 9 and sorted(q.candidates[0] for q in counted) == [4] * 8 + [8]
+    assert complexity(net).fab == pytest.approx((8 * 4 + 8) / 9)
+
+
+def test_what_is_raised_already_is_spent(float_net, images, caplog) -> None:
+    """Quantizing again with the recipe that came out changes it no more; a larger budget adds to it."""
+    before = minmax(fragile={"bits": 8, "budget": 0.4})
+    once = choose(float_net, before, images)
+    assert len(raised(once, before)) == 2 and choose(float_net, once, images) is once
+    assert "no layer gets" not in caplog.text
+    larger = load_recipe(once, fragile={"bits": 8, "budget": 0.7})
+    assert len(raised(choose(float_net, larger, images), once)) == 2
+
+
+def test_layers_with_bits_of_their_own_take_no_part(float_net, images) -> None:
+    after = choose(float_net, before := minmax(fragile={"bits": 16, "budget": 1.0}, bits=8), images)
+    assert not any(name.startswith(("conv_first", "upsample", "conv_last")) for name in raised(after, before))
+
+
+@pytest.mark.parametrize(("bits", "weight"), [(4, 4), (6, 8), (8, 8)])
+def test_nothing_to_raise(float_net, images, bits: int, weight: int) -> None:
+    recipe = load_recipe(minmax(8), fragile={"bits": bits, "budget": 1.0}, weight_bits=weight)
+    assert choose(float_net, recipe, images) is recipe
+
+
+def test_a_budget_that_no_layer_fits_is_told(float_net, images, caplog) -> None:
+    """Nine layers of one size, so that one at 8 instead of 4 bits adds a third."""
+    recipe = minmax(fragile={"bits": 8, "budget": 0.3})
+    with caplog.at_level("INFO", "qsr_plugin"):
+        assert choose(float_net, recipe, images) is recipe
+    assert "the cheapest would add 33.3 % to the BitOPs of the body, and recipe.fragile allows 30.0 %" in caplog.text
+
+
+def test_one_operand_that_has_enough_is_left_alone(float_net, images) -> None:
+    """W4A8 at 8 bits: weights alone, each at the double."""
+    before = load_recipe(minmax(), act_bits=8, fragile={"bits": 8, "budget": 0.25})
+    names = raised(choose(float_net, before, images), before)
+    assert len(names) == 2 and all(name.endswith(".weight") for name in names)
+
+
+def test_float_activations(float_net, images) -> None:
+    before = load_recipe(minmax(), act_bits=32, fragile={"bits": 8, "budget": 0.12})
+    assert raised(choose(float_net, before, images), before) == ["body.2.conv1.weight"]
+
+
+def test_nothing_that_goes_in_is_changed_and_progress_is_shown(float_net, images) -> None:
+    recipe = minmax(fragile={"bits": 8, "budget": 0.34})
+    net, seen = quantized(float_net, recipe, images), []
+    states = [deepcopy(one.state_dict()) for one in (net, float_net)]
+    shown = lambda items, text: (seen.append(text) or item for item in items)  # noqa: E731
+    with_fragile_places(net, float_net, images, progress=shown)
+    for one, state in zip((net, float_net), states):
+        assert all(torch.equal(value, state[key]) for key, value in one.state_dict().items())
+    assert net.recipe is recipe and len(seen) == 2 * 9 * 6 and set(seen) == {"measuring damage"}
+
+
+def test_what_is_refused(float_net, images) -> None:
+    with pytest.raises(RecipeError, match="has no 'fragile': add fragile"):
+        choose(float_net, minmax(), images)
+    for method in ("adabm", "cadyq"):
+        with pytest.raises(RecipeError, match="chooses its own"):
+            load_recipe(method, fragile={"bits": 8})
