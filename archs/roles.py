@@ -37,17 +37,25 @@ _EDSR_BLOCKS = {
     "block.addition": ("body.*:addition",),
 }
 
-register_roles(
-    "EDSR",
-    {
+
+def _convolutions(net: nn.Module, part: str) -> tuple[str, ...]:
+    """Names of the convolutions in a part of a network, in order."""
+    inside = ((name, module) for name, module in net.named_modules() if name.startswith(f"{part}."))
+    return tuple(name for name, module in inside if isinstance(module, nn.Conv2d))
+
+
+def _edsr(net: nn.Module) -> RoleTable:
+    return {
         "head": ("conv_first",),
         **_EDSR_BLOCKS,
         "body_end": ("conv_after_body",),
-        "upsampler": ("upsample.*",),
+        "upsampler": _convolutions(net, "upsample"),
         "tail": ("conv_last",),
         "features": ("upsample:input",),
-    },
-)
+    }
+
+
+register_roles("EDSR", _edsr)
 
 register_roles(
     "MSRResNet",
@@ -93,7 +101,7 @@ def _carn(net: nn.Module) -> RoleTable:
         "block.residual": (f"{later[-1]}:output",),
         "block.addition": ("b*.b*:addition",),
         "body_end": ("b*.c*.body.0", "c*.body.0"),
-        "upsampler": (f"upsample.{net.upsampler}.body.*",),
+        "upsampler": _convolutions(net, f"upsample.{net.upsampler}"),
         "tail": ("exit",),
         "features": (f"upsample.{net.upsampler}:input",),
     }
@@ -105,7 +113,7 @@ register_roles("CARN", _carn)
 def _rdn(net: nn.Module) -> RoleTable:
     """The last convolution of a block is the 1x1 on all its layers; the last layer of the upsampler makes the image."""
     first, *others = (f"RDBs.*.convs.{number}.conv.0" for number in range(net.num_layer))
-    *upsampler, tail = (f"UPNet.{number}" for number, layer in enumerate(net.UPNet) if isinstance(layer, nn.Conv2d))
+    *upsampler, tail = _convolutions(net, "UPNet")
     later = (*others, "RDBs.*.LFF")
     return {
         "head": ("SFENet?",),

@@ -51,10 +51,13 @@ def list_all() -> None:
     """Methods and backbones that come with the package."""
     from qsr_plugin import list_methods
     from qsr_plugin.options_file import options_folder
+    from qsr_plugin.ptq_table import post_training_methods
 
-    table = Table("methods (--method)", "backbones (--arch)")
+    untrained = sorted(post_training_methods())
+    trained = [name for name in list_methods() if name not in untrained]
+    table = Table("methods without training", "methods of a training", "backbones (--arch)")
     backbones = sorted(path.stem for path in (options_folder() / "backbones").glob("*.yml"))
-    table.add_row("\n".join(list_methods()), "\n".join(backbones))
+    table.add_row("\n".join(untrained), "\n".join(trained), "\n".join(backbones))
     console.print(table)
 
 

@@ -121,7 +121,7 @@ def test_branches_side_by_side_are_no_chain_of_blocks() -> None:
 def test_structure_agrees_with_the_role_tables(tiny_net, backbone: str, upscale: int) -> None:
     net = tiny_net(backbone, upscale=upscale)
     index, table, found = Index.of(net), roles_of(net), generic_roles(net)
-    assert table is ROLE_TABLES[backbone]
+    assert "block.conv_first" in table, "the role table, not what the structure shows"
 
     def named(role: str) -> set[str]:
         return {name for pattern in table[role] for name, _ in index.matching(pattern, None)}
@@ -129,7 +129,7 @@ def test_structure_agrees_with_the_role_tables(tiny_net, backbone: str, upscale:
     for role in ("head", "tail", "block"):
         assert set(found[role]) == named(role)
     assert set(found["block.conv"]) == named("block.conv") | named("body_end")
-    assert set(found["upsampler"]) == named("upsampler") & layers_of(net)
+    assert set(found["upsampler"]) == named("upsampler")
 
 
 # -- in use ----------------------------------------------------------------------------------------------------------
