@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qsr_plugin import __version__
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.surgery import plugin_keys
+from qsr_plugin.quant.surgery import persistent_state, plugin_keys
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -92,7 +92,7 @@ def save_quantized(net: nn.Module, path: Union[str, Path]) -> None:
     check_quantized_path(path)
     if getattr(net, "recipe", None) is None:
         raise CheckpointError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in persistent_state(net).items()}
     data = safetensors_bytes(tensors, metadata=metadata_of(net))
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
@@ -293,8 +293,8 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
         net = QuantNet(*described)
     except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
-    problems = key_differences(net.state_dict(), content)
+    problems = key_differences(persistent_state(net), content)
     if problems:
         raise CheckpointError(f"{path} does not hold the network it describes:\n  " + "\n  ".join(problems[:8]))
-    net.load_state_dict(content)
+    net.load_state_dict({**net.state_dict(), **content})
     return net.eval()

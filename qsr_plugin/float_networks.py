@@ -79,6 +79,11 @@ def _recognised(state: Mapping[str, Tensor], weights: Path, scale: Optional[int]
 
     if (options := recognise(state, scale)) is not None:
         return options, "recognised"
+    several = {} if scale else {one: found for one in (2, 3, 4) if (found := recognise(state, one)) is not None}
+    if several:
+        kind = next(iter(several.values()))["type"].removesuffix("_qsr")
+        scales = " or ".join(map(str, several))
+        raise UserError(f"{weights}: {kind}, whose weights serve several scales: add --scale {scales}")
     tried = "the networks of BasicSR and of this package"
     if importlib.util.find_spec("spandrel") is not None:
         from qsr_plugin.archs.spandrel_arch import recognise_with_spandrel
@@ -88,8 +93,6 @@ def _recognised(state: Mapping[str, Tensor], weights: Path, scale: Optional[int]
         tried += ", and spandrel's"
     else:
         tried += " (spandrel knows more: pip install spandrel)"
-    if scale is None:
-        tried += "; those whose tensors serve several scales (IDN, CARN for x2 to x4) also need --scale"
     keys = ", ".join(list(state)[:4])
     shipped = ", ".join(sorted(path.stem for path in (options_folder() / "backbones").glob("*.yml")))
     raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from torch import Tensor
 
@@ -27,6 +29,8 @@ from qsr_plugin.report_cli import console
 
 #: Images on the page, and the LR side below which one is too small to show.
 _EXAMPLES, _SMALL = 3, 16
+#: Crops on which the networks are compared, and the PSNR below which something is wrong.
+_COMPARED, _ALIKE = 8, 30.0
 
 TestSets = Mapping[str, tuple[Path, Path]]
 Scores = dict[str, dict[str, Scored]]
@@ -105,10 +109,17 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     for line in layer_lines(groups):
         console.print(line, highlight=False, markup=False)
     if made.fragile:
-        told = f"more bits for {len(made.fragile)} fragile places: {', '.join(made.fragile)}"
-        console.print(told, highlight=False, markup=False)
+        raised = len({place.rpartition(".")[0] for place in made.fragile})
+        console.print(f"{settings.label}: the + is for {raised} fragile layers with more bits", highlight=False)
+    likeness = _likeness(nets, crops)
+    console.print(f"output on calibration images: {likeness:.1f} dB from the float network's", highlight=False)
+    if likeness < _ALIKE:
+        console.print(
+            f"warning: that is far, {_ALIKE:.0f} dB and more are usual. Try more bits (--bits W8A8, W4A8), --method "
+            "auto, or more images like those the network is for", style="yellow", highlight=False,
+        )  # fmt: skip
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
-    known = {**settings.to_dict(), "layers": [group.to_dict() for group in groups]}
+    known = {**settings.to_dict(), "psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
     write_json({**known, "complexity": costs.to_dict()}, json)  # what ends a test later does not lose the settings
     scores: Scores = {}
     for name, folders in tests.items():
@@ -120,8 +131,15 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
         if costs.fab is None:
             console.print(f"'{made.recipe.method}' chooses bits by the image: for FAB and BitOPs, give --test HR LR")
     examples = _of_tests(tests, scores, nets, settings) if tests else _of_crops(crops, nets, settings)
-    write_page(_page(settings, groups, scores, costs, examples), html)
+    write_page(_page(settings, groups, scores, costs, examples, likeness), html)
     console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
+    """PSNR in dB between the outputs of the two networks on some of the crops."""
+    with torch.no_grad():
+        plain, quantized = (net(crops[0][:_COMPARED]).clamp(0, 1) for net in nets.values())
+    return -10 * math.log10(max(float((plain - quantized).square().mean()), 1e-12))
 
 
 def _print_seconds(seconds: Mapping[str, float]) -> None:
@@ -185,7 +203,14 @@ def _of_crops(crops: Sequence[Tensor], nets: Mapping[str, Any], settings: Settin
     ]
 
 
-def _page(settings: Settings, groups: list[LayerGroup], scores: Scores, costs: Any, examples: list[Example]) -> Page:
+def _page(
+    settings: Settings,
+    groups: list[LayerGroup],
+    scores: Scores,
+    costs: Any,
+    examples: list[Example],
+    likeness: float,
+) -> Page:
     made, network = settings.made, settings.network
     plain = complexity(network.net)
     lines = [f"Storage {size(plain.storage_bits)} \N{RIGHTWARDS ARROW} {size(costs.storage_bits)}"]
@@ -203,7 +228,7 @@ def _page(settings: Settings, groups: list[LayerGroup], scores: Scores, costs: A
         "Calibrated on": f"{len(settings.images)} {'photos, reduced' if settings.photos else 'images'}, "
         f"from {settings.folder}: {few}",
         "Seed": str(settings.seed),
-        **({"More bits for": ", ".join(made.fragile)} if made.fragile else {}),
+        "Output on calibration images": f"{likeness:.1f} dB from the float network's",
         "Versions": ", ".join(f"{name} {number}" for name, number in settings.to_dict()["versions"].items()),
         "Model": str(settings.out),
     }

@@ -47,7 +47,12 @@ def report(
     if not found:
         raise typer.BadParameter(f"--size is '{size}'; expected HEIGHTxWIDTH, e.g. 180x320")
     if model.suffix == ".pth":
-        raise typer.BadParameter(f"'{model}' names no backbone: give the .safetensors that lies beside it")
+        raise typer.BadParameter(
+            f"'{model}' names no backbone: of a training, give the .safetensors beside it; float weights are "
+            "for 'qsr quantize' first"
+        )
+    if model.suffix in (".json", ".html"):
+        raise typer.BadParameter(f"'{model}' is a report: give the .safetensors it is of, or an option file")
     trained = model.suffix == ".safetensors"
     if test is not None and not trained:
         raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")

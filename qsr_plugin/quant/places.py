@@ -125,12 +125,15 @@ def find_places(net: nn.Module, recipe: Recipe) -> list[Place]:
     """
     index, roles = Index.of(net), roles_of(net) if any(rule.role for rule in recipe.rules) else {}
     chosen: dict[tuple[str, str], Place] = {}
+    later: dict[tuple[str, str], str] = {}
     for number, rule in enumerate(recipe.rules):
         for place in _places_of_rule(index, roles, recipe, rule, number, type(net).__name__):
             key = (place.name, place.port)
             if key in chosen:
-                logger.info("%s.%s: rule %d takes the place of rule %d", *key, number, chosen[key].rule)
+                later[key] = f"{place.name}.{place.port} (rule {number} instead of {chosen[key].rule})"
             chosen[key] = place
+    if later:
+        logger.info("%d place(s) are decided by a later rule: %s", len(later), ", ".join(list(later.values())[:5]))
     order = {name: position for position, name in enumerate(index.modules)}
     places = [place for place in chosen.values() if place.spec is not None and place.bits != FLOAT_BITS]
     return sorted(places, key=lambda place: order[place.name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsr_plugin.quant.depth_surgery import add_depth, depth_keys, find_blocks
 from qsr_plugin.quant.places import Index, Place, channels_at, find_places, places_named, roles_of
@@ -132,6 +132,12 @@ def plugin_keys(net: nn.Module) -> set[str]:
     """State-dict keys that quantizing added to those of the float network."""
     parts = [name for name, module in net.named_modules() if isinstance(module, (Quantizer, PolicyPart))]
     return {f"{name}.{key}" for name in parts for key in net.get_submodule(name).state_dict()} | depth_keys(net)
+
+
+def persistent_state(net: nn.Module) -> dict[str, Tensor]:
+    """State dict of a network without its ``rebuilt_buffers``: tables that building it makes anew."""
+    rebuilt = getattr(net, "rebuilt_buffers", ())
+    return {key: value for key, value in net.state_dict().items() if key not in rebuilt}
 
 
 def tap(net: nn.Module, place: str, name: str) -> nn.Module:

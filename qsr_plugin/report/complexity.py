@@ -125,10 +125,13 @@ def _shapes(input_size: tuple[int, int], patches: PatchOptions) -> Iterable[tupl
 
 
 def method_label(recipe: Recipe) -> str:
-    """Method and bits, as ``cadyq W8A4/6/8``; ``W4A4MP`` where a policy goes around one width (mixed precision)."""
+    """Method and bits, as ``cadyq W8A4/6/8``.
+
+    ``W4A4MP`` where a policy goes around one width (mixed precision), ``W4A4+`` where some layers got more bits.
+    """
     act, reach = recipe.bits.act, policy_class(recipe.policy.type).reach
     widths = "/".join(map(str, act)) if isinstance(act, tuple) else f"{act}{'MP' if reach else ''}"
-    return f"{recipe.method} W{recipe.bits.weight}A{widths}"
+    return f"{recipe.method} W{recipe.bits.weight}A{widths}{'+' * any(rule.in_fab for rule in recipe.rules)}"
 
 
 def _weighted_mean(bits: Mapping[str, float | None], weights: Mapping[str, int]) -> float | None:

@@ -211,9 +211,13 @@ def check_pairs(pairs: Iterable[Pair], scale: int) -> None:
 
 def _check_sizes(hr_path: Path, hr: np.ndarray, lr_path: Path, lr: np.ndarray, scale: int) -> None:
     if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+        remedy = "Crop HR, or make LR from it anew."
+        if lr.shape[0] > hr.shape[0]:
+            remedy = "The two folders look swapped: HR comes first."
+        elif hr.shape[0] % lr.shape[0] == hr.shape[1] % lr.shape[1] == 0:
+            remedy = f"That is x{hr.shape[0] // lr.shape[0]}: give the LR folder for x{scale}, or another network."
         raise ValueError(
-            f"{hr_path} is {_size(hr)} and {lr_path} is {_size(lr)}: HR must be exactly {scale} times LR. Crop "
-            "HR, or make LR from it anew."
+            f"{hr_path} is {_size(hr)} and {lr_path} is {_size(lr)}: HR must be exactly {scale} times LR. {remedy}"
         )
     least = _SSIM_WINDOW + 2 * scale
     if min(hr.shape[:2]) < least:

@@ -18,13 +18,15 @@ def storage_bits(module: nn.Module, *, as_float: bool = False) -> int:
 
     A quantized weight takes its bit width per number, rounded up to whole bytes per tensor. Other parameters, float
     buffers (batch norm's statistics) and the ranges of quantizers take 32 bits per number. Left out is what a reader
-    makes anew: integer buffers (counters, index tables), calibration flags, bounds used in training only.
+    makes anew: integer buffers (counters, index tables), the ``rebuilt_buffers`` of a network (attention masks),
+    calibration flags, bounds used in training only.
 
     Args:
         module: A network, float or quantized, or a part of one.
         as_float: Count the float network inside a quantized one.
     """
-    return _bits(module, as_float, set())
+    rebuilt = getattr(module, "rebuilt_buffers", ())
+    return _bits(module, as_float, {id(buffer) for name, buffer in module.named_buffers() if name in rebuilt})
 
 
 def _bits(module: nn.Module, as_float: bool, seen: set[int]) -> int:

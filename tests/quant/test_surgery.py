@@ -59,7 +59,7 @@ def test_later_rules_win_and_that_is_logged(tiny_net, caplog: pytest.LogCaptureF
     rules = [{"match": "body.*.conv1", "port": "input"}, {"match": "body.1.conv1", "port": "input", "bits": 8}]
     with caplog.at_level(logging.INFO, "qsr_plugin"):
         assert placed(tiny_net(), *rules) == {"body.0.conv1:input": 4, "body.1.conv1:input": 8}
-    assert "body.1.conv1.input: rule 1 takes the place of rule 0" in caplog.text
+    assert "1 place(s) are decided by a later rule: body.1.conv1.input (rule 1 instead of 0)" in caplog.text
 
 
 def test_keep_float_removes_one_port_or_all_ports(tiny_net) -> None:
