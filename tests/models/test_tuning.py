@@ -14,7 +14,7 @@ from qsr_plugin import compat
 from qsr_plugin.models import tuning
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
-from qsr_plugin.quant.surgery import quantize_model
+from qsr_plugin.quant.surgery import quantize_model, quantizers
 from tests.host import harness
 
 compat.import_host()
@@ -248,3 +248,26 @@ def test_a_training_resumes_inside_a_stage_of_bits(tmp_path: Path) -> None:
     steps(again, 8, 9)
     assert same(state_of(whole.net), state_of(again.net)) and whole.net.bit_policy.lower.item() != start
     assert set(whole.log_dict) >= {"l_teacherloss", "l_blockfeatureloss", "l_bitloss"}
+
+
+@pytest.mark.parametrize("method", ["ptq4sr", "2dquant"])
+def test_tuning_brings_bounds_that_are_far_too_wide_back(tiny_net, images, method: str) -> None:
+    plain, batch = tiny_net(num_feat=16), torch.cat(images)
+    stage = load_recipe(method).stages[0].model_dump(exclude_none=True)
+    rates = {"ranges": 2.0, "weight_ranges": 1e-3}  # features are a hundred times larger than weights here
+    net = quantize_model(deepcopy(plain), load_recipe(method, stages=[{**stage, "iters": 80, "lr": rates}]))
+    calibrate(net, images)
+    with torch.no_grad():
+        for parameter in (p for _, q in quantizers(net) if q.role == "act" for p in q.range_parameters()):
+            parameter.mul_(3)
+    starts = {place: [p.detach().clone() for p in q.range_parameters()] for place, q in quantizers(net)}
+
+    def distance() -> float:
+        with torch.no_grad():
+            return (net(batch) - plain(batch)).abs().mean().item()
+
+    before = distance()
+    tune(net, plain, images)
+    assert distance() < 0.8 * before
+    for place, q in quantizers(net):
+        assert all(not torch.equal(old, new) for old, new in zip(starts[place], q.range_parameters())), place
