@@ -237,10 +237,10 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
         hint = "; --auto_resume goes on from the newest saved state, if there is one" if pipeline == "train" else ""
         sys.stderr.write(f"interrupted{hint}\n")
         raise SystemExit(_INTERRUPTED) from None
-    _leave_process_group()
+    leave_process_group()
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End a gloo run at once: its threads can abort or hang a process while the interpreter shuts down."""
     from torch import distributed as dist
 

@@ -18,6 +18,8 @@ compat.import_host()
 from basicsr.models import build_model  # noqa: E402
 from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
 
+from qsr_plugin.train import leave_process_group  # noqa: E402
+
 BACKBONES = {
     "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 4, "upscale": 4, "img_range": 255.0},
     "SRResNet": {"type": "SRResNet_qsr", "num_feat": 8, "num_block": 4, "upscale": 4},
@@ -116,7 +118,7 @@ def main() -> None:
     for backbone in BACKBONES:
         for method, own in RUNS:
             stay_the_same(Path(sys.argv[1]), method, own, backbone)
-    dist.barrier()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ import torch
 from torch import distributed as dist
 from tests.host import every_method
 from qsr_plugin.quant.recipe import load_recipe
+from qsr_plugin.train import leave_process_group
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
@@ -170,6 +171,7 @@ for name, recipe in json.loads(sys.argv[2]).items():
         model.optimize_parameters(iteration)
         if iteration in (4, 8):
             torch.save(model.net.state_dict(), f"{name}_{iteration}_rank{rank}.pth")
+leave_process_group()
 """
 
 
@@ -196,6 +198,7 @@ from qsr_plugin.losses.bit_loss import BitLoss
 from qsr_plugin.losses.context import StepContext
 from qsr_plugin.losses.distill_loss import BlockFeatureLoss
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.train import leave_process_group
 
 class Net(nn.Module):
     def __init__(self):
@@ -234,6 +237,7 @@ for kind, widths in halves.items():
         dist.all_reduce(value)
     seen[kind] = torch.stack([value / world, *net.bits.grad, *net.mix.grad])
 torch.save(seen, f"losses_rank{rank}.pth")
+leave_process_group()
 """
 
 

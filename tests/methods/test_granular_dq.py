@@ -360,6 +360,7 @@ from torch import distributed as dist
 from qsr_plugin.methods.granular_dq import GranularityOptions, SharedGranularity
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.schema import Stage
+from qsr_plugin.train import leave_process_group
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
@@ -376,6 +377,7 @@ for step in range(3):
     part.gate.forward = lambda features: torch.stack([200.0 * (1 - widest), 0.0 * widest, 200.0 * widest], 1)
     bits.append(part.decision(ForwardRecord(len(image), image=image, taps={"head:output": image})).bits)
 torch.save({"thresholds": part.thresholds, "bits": torch.stack(bits)}, f"rank{rank}.pth")
+leave_process_group()
 """
 
 
