@@ -37,7 +37,10 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     name = kind if kind in known else f"{kind}_qsr"
     if name not in known:
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
-        raise OptionsError(f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)}")
+        raise OptionsError(
+            f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)} If it is defined in a file "
+            "of yours, import that file first; on the command line: qsr --import FILE.py ..."
+        )
     try:
         net = ARCH_REGISTRY.get(name)(**{key: value for key, value in options.items() if key != "type"})
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -12,16 +13,29 @@ from rich.table import Table
 
 from qsr_plugin.data.cli import app as data_app
 from qsr_plugin.errors import UserError
+from qsr_plugin.own_modules import import_own
 from qsr_plugin.plot_cli import app as plot_app
 from qsr_plugin.quantize_cli import SeveralTests, quantize
 from qsr_plugin.report_cli import console, report, slim
 from qsr_plugin.table_cli import table
 
-app = typer.Typer(help="Quantized image super-resolution for BasicSR.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(data_app, name="data")
 app.add_typer(plot_app, name="plot")
 
 _HOST_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback()
+def before_each(
+    imports: Annotated[
+        Optional[list[str]],
+        typer.Option("--import", metavar="FILE.py", help="Your file or module that registers networks; repeatable."),
+    ] = None,
+) -> None:
+    """Quantized image super-resolution for BasicSR."""
+    for name in imports or ():
+        import_own(name)
 
 
 @app.command(context_settings=_HOST_FLAGS)

@@ -98,7 +98,7 @@ def _recognised(state: Mapping[str, Tensor], weights: Path, scale: Optional[int]
     raise UserError(
         f"{weights}: its {len(state)} tensors ({keys}, ...) are those of no network known here. Tried: {tried}. If it "
         "is a super-resolution network, give --arch FILE, a YAML file with a network_g block (type and arguments of a "
-        f"registered network), or the name of one of these: {shipped}."
+        f"registered network; your own with qsr --import FILE.py ...), or the name of one of these: {shipped}."
     )
 
 

@@ -1,0 +1,66 @@
+"""``qsr --import FILE.py``: a network that only a file of the user defines, from float weights to its report."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.host import harness
+from tests.host.test_other_project import TOY_ARCH
+
+
+def qsr(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return harness.run(["-m", "qsr_plugin.cli", *map(str, arguments)], folder, COLUMNS="160")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """File of the network, its weights, its option file, and pictures."""
+    (tmp_path / "my_networks.py").write_text(TOY_ARCH)
+    (tmp_path / "toy.yml").write_text("network_g: {type: ToyNet, width: 4, scale: 2}\n")
+    torch.manual_seed(0)
+    parts = {"head": nn.Conv2d(3, 4, 3), "body.0": nn.Conv2d(4, 4, 3), "body.2": nn.Conv2d(4, 4, 3)}
+    parts["tail.0"] = nn.Conv2d(4, 12, 3)
+    torch.save(
+        {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}, tmp_path / "t.pth"
+    )
+    harness.write_photos(tmp_path / "photos", 2, side=32)
+    return tmp_path
+
+
+def test_a_network_of_the_user_is_quantized_and_reported(project: Path) -> None:
+    own = ("--import", "my_networks.py")
+    made = qsr(project, *own, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos", "--method", "minmax")
+    assert made.returncode == 0, made.stderr
+    assert "2 of 4 layers at W4A4" in made.stdout
+    for form in (own, ("--import", "my_networks")):
+        told = qsr(project, *form, "report", "t_minmax_w4a4.safetensors")
+        assert told.returncode == 0 and "ToyNet" in told.stdout, told.stderr
+
+
+def test_without_the_import_the_message_names_it(project: Path) -> None:
+    done = qsr(project, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos")
+    assert done.returncode != 0 and "--import" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.py", None, "there is no such file"),
+        ("broken.py", "1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("json.py", "", "a module 'json' exists already"),
+        ("nowhere.networks", None, "No module named 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(tmp_path: Path, name: str, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "own").mkdir()
+        name = f"own/{name}"
+        (tmp_path / name).write_text(content)
+    done = qsr(tmp_path, "--import", name, "list")
+    assert done.returncode != 0 and says in done.stderr and f"--import {name}" in done.stderr
+    assert "Traceback" not in done.stderr
