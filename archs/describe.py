@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from basicsr.archs.swinir_arch import DropPath
 from qsr_plugin.archs.option_readers import options_by_shape
 from torch import nn
 
@@ -72,6 +73,36 @@ def _rdn(net: nn.Module) -> dict[str, Any]:
     }
 
 
+def _swinir(net: nn.Module) -> dict[str, Any]:
+    """Layers that were dropped count as those left."""
+    whole = next(layer for layer in net.layers if hasattr(layer, "residual_group"))
+    groups = [getattr(layer, "residual_group", whole.residual_group) for layer in net.layers]
+    block = whole.residual_group.blocks[0]
+    height, width = net.patch_embed.img_size
+    drops = [module.drop_prob for module in net.modules() if isinstance(module, DropPath)]
+    options = {
+        "img_size": height if height == width else [height, width],
+        "in_chans": net.conv_first.in_channels,
+        "embed_dim": net.embed_dim,
+        "depths": [len(group.blocks) for group in groups],
+        "num_heads": [group.blocks[0].num_heads for group in groups],
+        "window_size": block.window_size,
+        "mlp_ratio": net.mlp_ratio,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "drop_rate": net.pos_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "drop_path_rate": max(drops, default=0.0),
+        "ape": net.ape,
+        "patch_norm": net.patch_norm,
+        "upscale": net.upscale,
+        "img_range": net.img_range,
+        "upsampler": net.upsampler,
+        "resi_connection": "1conv" if isinstance(net.conv_after_body, nn.Conv2d) else "3conv",
+    }
+    usual = (block.dim // block.num_heads) ** -0.5
+    return options if block.attn.scale == usual else {**options, "qk_scale": block.attn.scale}
+
+
 def _by_shape(*unseen: str) -> Callable[[nn.Module], dict[str, Any]]:
     """Reader of a network whose shapes show all but its scale and the attributes ``unseen``."""
 
@@ -81,6 +112,18 @@ def _by_shape(*unseen: str) -> Callable[[nn.Module], dict[str, Any]]:
         return {**options_by_shape(f"{kind}_qsr", shapes, net.upscale), **{name: getattr(net, name) for name in unseen}}
 
     return read
+
+
+def _hat(net: nn.Module) -> dict[str, Any]:
+    """Groups that were dropped count as the first of those left."""
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    groups = {number: hasattr(layer, "residual_group") for number, layer in enumerate(net.layers)}
+    whole = next(number for number, complete in groups.items() if complete)
+    group = {key: shape for key, shape in shapes.items() if key.startswith(f"layers.{whole}.")}
+    for number in (number for number, complete in groups.items() if not complete):
+        shapes |= {key.replace(f".{whole}.", f".{number}.", 1): shape for key, shape in group.items()}
+    unseen = {name: getattr(net, name) for name in ("conv_scale", "drop_path_rate", "img_range")}
+    return {**options_by_shape("HAT_qsr", shapes), **unseen}
 
 
 _READERS = {
@@ -94,6 +137,8 @@ _READERS = {
     "CARN": _by_shape(),
     "RDN": _rdn,
     "IDN": _by_shape("rgb"),
+    "SwinIR": _swinir,
+    "HAT": _hat,
 }
 
 

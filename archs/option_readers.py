@@ -207,6 +207,28 @@ def _swinir_upsampler(shapes: Shapes, in_chans: int) -> dict[str, Any]:
     return {"upsampler": "", "upscale": 1}
 
 
+def _hat(shapes: Shapes, scale: int | None) -> dict[str, Any]:
+    embed_dim, in_chans = shapes["conv_first.weight"][:2]
+    block = "layers.{}.residual_group.blocks.{}."
+    groups = _count(shapes, "layers.{}.residual_group.blocks.0.norm1.weight")
+    overlap = "layers.{}.residual_group.overlap_attn.relative_position_bias_table"
+    first = block.format(0, 0)
+    window_size = (math.isqrt(shapes[first + "attn.relative_position_bias_table"][0]) + 1) // 2
+    extra = math.isqrt(shapes[overlap.format(0)][0]) + 1 - 2 * window_size
+    return {
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depths": [_count(shapes, block.format(group, "{}") + "norm1.weight") for group in range(groups)],
+        "num_heads": [shapes[overlap.format(group)][1] for group in range(groups)],
+        "window_size": window_size,
+        "compress_ratio": embed_dim // shapes[first + "conv_block.cab.0.weight"][0],
+        "squeeze_factor": embed_dim // shapes[first + "conv_block.cab.3.attention.1.weight"][0],
+        "overlap_ratio": extra / window_size,
+        "mlp_ratio": shapes[first + "mlp.fc1.weight"][0] / embed_dim,
+        "upscale": _stages(shapes, shapes["conv_before_upsample.0.weight"][0]),
+    }
+
+
 #: By registered name: takes shapes and the scale, returns arguments.
 READERS: dict[str, Callable[[Shapes, int | None], dict[str, Any]]] = {
     "EDSR": _edsr,
@@ -220,4 +242,5 @@ READERS: dict[str, Callable[[Shapes, int | None], dict[str, Any]]] = {
     "RDN_qsr": _rdn,
     "IDN_qsr": _idn,
     "SwinIR": _swinir,
+    "HAT_qsr": _hat,
 }

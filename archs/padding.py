@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from qsr_plugin.quant.sites import derived_class
 
 
 class PaddedInput:
@@ -60,7 +61,7 @@ def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, s
     """Have a network pad its input to the sizes it needs, and crop its result; parameters and keys stay as they are.
 
     Args:
-        net: Takes and returns one image tensor. Its class is swapped, in place.
+        net: Takes and returns one image tensor. Its class is swapped, in place, for a subclass of the same name.
         scale: Upsampling factor, at least 1.
         multiple: Both sides must be a multiple of this.
         minimum: And not shorter than this.
@@ -75,6 +76,19 @@ def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, s
     for name, value in (("scale", scale), ("multiple", multiple), ("minimum", minimum)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
-    net.__class__ = derived_class(PaddedInput, type(net))
+    net.__class__ = _padded(type(net))
     net.pad_scale, net.pad_multiple, net.pad_minimum, net.pad_square = scale, multiple, minimum, square
     return net
+
+
+@cache
+def _padded(kind: type) -> type:
+    """The class that pads, under the name by which a network is known to its role table, to reports and to files."""
+    return type(kind.__name__, (PaddedInput, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def pad_to_windows(net: nn.Module) -> nn.Module:
+    """Have the host's SwinIR pad its input to whole windows; every other network is returned as it is."""
+    if not isinstance(net, SwinIR):
+        return net
+    return pad_input(net, net.upscale, multiple=net.layers[0].residual_group.blocks[0].window_size)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from inspect import Parameter, signature
 from typing import Any, Union
 
 import basicsr.archs  # noqa: F401 - registers the host's networks
 from basicsr.utils.registry import ARCH_REGISTRY
+from qsr_plugin.archs.padding import pad_to_windows
 from torch import nn
 
 from qsr_plugin.errors import suggest
@@ -27,7 +29,8 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
             registry suffix ``_qsr``.
 
     Returns:
-        The network, with the attribute ``backbone_options`` (a plain copy of ``options``).
+        The network, with the attribute ``backbone_options`` (a plain copy of ``options``). It takes images of any
+        size: one with windows pads them.
 
     Raises:
         OptionsError: For an unknown type, with the closest registered one, or arguments the class does not take.
@@ -38,12 +41,17 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     if name not in known:
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
         raise OptionsError(
-            f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)} If it is defined in a file "
-            "of yours, import that file first; on the command line: qsr --import FILE.py ..."
+            f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)} If a file of yours "
+            "defines it, import that file first; on the command line: qsr --import FILE.py ..."
         )
+    build, arguments = ARCH_REGISTRY.get(name), {key: value for key, value in options.items() if key != "type"}
+    named = [key for key, one in signature(build).parameters.items() if one.kind is not Parameter.VAR_KEYWORD]
+    unknown = next((key for key in arguments if key not in named), None)
+    if unknown and build.__module__.startswith("basicsr."):  # the host's SwinIR would ignore it
+        raise OptionsError(f"network_g.backbone ({kind}): there is no argument '{unknown}'. {suggest(unknown, named)}")
     try:
-        net = ARCH_REGISTRY.get(name)(**{key: value for key, value in options.items() if key != "type"})
-    except (TypeError, ValueError) as error:
+        net = pad_to_windows(build(**arguments))
+    except (TypeError, ValueError, AssertionError) as error:
         raise OptionsError(f"network_g.backbone ({kind}): {error}") from None
     net.backbone_options = {**options, "type": kind}
     return net

@@ -1,12 +1,13 @@
 """Backbone options from a float state dict: which architecture it belongs to, and its sizes.
 
 Whatever :mod:`qsr_plugin.archs.option_readers` reads is then checked: the network is built without storage and must
-have exactly the state dict's keys and shapes, so no other architecture can be taken for one of these.
+have exactly the state dict's keys and shapes, up to index tables that building it makes anew, so no other architecture
+can be taken for one of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from qsr_plugin.archs.quant_net_arch import build_backbone
 from torch import Tensor, nn
 
 from qsr_plugin.options_file import backbone_options, options_folder
+from qsr_plugin.quant.surgery import rebuilt_buffers
 
 
 def recognise(state: Mapping[str, Tensor], scale: int | None = None) -> dict[str, Any] | None:
     """Backbone options of a float state dict.
 
     What no shape shows is taken from the first shipped file in ``options/backbones`` (by name) that agrees with
-    everything shapes do show, or else is the published default: ``img_range`` 255 (SwinIR: 1), the mean of DIV2K,
+    everything shapes do show, or else is the published default: ``img_range`` 255 (SwinIR, HAT: 1), the mean of DIV2K,
     ``res_scale`` 1 (0.1 for EDSR with 256 features); an IDN for luma is used on RGB. Note SRResNet: epsilon of the
     batch norms and the last activation leave no trace, and the shipped file for x4 stands for the public weights (1e-3,
     tanh). Other weights of the same sizes need an option file of their own.
@@ -43,7 +45,7 @@ def recognise(state: Mapping[str, Tensor], scale: int | None = None) -> dict[str
         for known_scale in dict.fromkeys((None, scale)):
             try:
                 options = _with_shipped({"type": kind, **options_by_shape(kind, shapes, known_scale)})
-                if _shapes_of(options) == shapes:
+                if _shapes_of(options, shapes) == shapes:
                     return options
             except (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError):
                 continue  # a key or size that the architecture has is not there, or makes no network
@@ -58,8 +60,11 @@ def _with_shipped(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _shapes_of(options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in _unfilled(options).state_dict().items()}
+def _shapes_of(options: Mapping[str, Any], found: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network, without those of index tables that are not among the keys ``found``: files may lack them."""
+    net = _unfilled(options)
+    lacking = rebuilt_buffers(net) - set(found)
+    return {key: tuple(value.shape) for key, value in net.state_dict().items() if key not in lacking}
 
 
 def _unfilled(options: Mapping[str, Any]) -> nn.Module:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from basicsr.archs.arch_util import ResidualBlockNoBN
+from basicsr.archs.swinir_arch import RSTB
 from qsr_plugin.archs.carn_arch import ResidualBlock
+from qsr_plugin.archs.hat_arch import RHAG
 from qsr_plugin.archs.idn_arch import DistillationStage
 from qsr_plugin.archs.rdn_arch import ResidualDenseBlock
 from qsr_plugin.archs.srresnet_arch import ResidualBlockBN
@@ -25,11 +27,11 @@ class ShortcutSite(Site):
     ports = ("input", "shortcut", "addition", "output")
     read_ports = ("shortcut", "addition")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+    def forward(self, x: Tensor, *args) -> Tensor:
+        """(N, C, H, W), or (N, tokens, C), to the same shape; what else the block takes goes to its branch."""
         x = self.at_port("input", x)
         identity = self.at_port("addition", self.at_port("shortcut", x))
-        total = identity + self.at_port("addition", self.branch(x), operand=".residual")
+        total = identity + self.at_port("addition", self.branch(x, *args), operand=".residual")
         return self.at_port("output", self.after_sum(total))
 
     def after_sum(self, x: Tensor) -> Tensor:
@@ -74,8 +76,27 @@ class QuantDistillationStage(ShortcutSite, DistillationStage):
         return self.at_port("output", self.compress(total, down))
 
 
+class QuantRSTB(ShortcutSite, RSTB):
+    """The host's residual Swin Transformer block (SwinIR) with the ports of :class:`ShortcutSite`, on tokens."""
+
+    channel_axis = -1
+
+    def branch(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
+        """What is added to the identity: (N, tokens, C), of an image of height and width ``x_size``."""
+        image = self.patch_unembed(self.residual_group(x, x_size), x_size)
+        return self.patch_embed(self.conv(image))
+
+
+class QuantRHAG(ShortcutSite, RHAG):
+    """HAT's residual hybrid attention group with the ports of :class:`ShortcutSite`, on tokens."""
+
+    channel_axis = -1
+
+
 register_site_class(ResidualBlockNoBN, QuantResidualBlockNoBN)
 register_site_class(ResidualBlockBN, QuantResidualBlockBN)
 register_site_class(ResidualDenseBlock, QuantResidualDenseBlock)
 register_site_class(ResidualBlock, QuantResidualBlock)
 register_site_class(DistillationStage, QuantDistillationStage)
+register_site_class(RSTB, QuantRSTB)
+register_site_class(RHAG, QuantRHAG)

@@ -1,18 +1,22 @@
 """Role tables of the backbones: which of their modules play which part in a quantization recipe.
 
 A table maps a role to places ``"pattern"`` or ``"pattern:port"``; ``*`` stays within one dotted part of a module name.
-An empty tuple says that the backbone has no such place. Roles used by the shipped recipes:
+An empty tuple says that the backbone has no such place; a placement that asks for a role that a table does not have is
+refused. Roles used by the shipped recipes:
 
 ==========================  ============================================================================================
 ``head``                    first convolution(s)
 ``block``                   residual block; its input feeds both the branch and the identity path
 ``block.shortcut``          identity path alone
-``block.conv``              every convolution of a block
+``block.conv``              every convolution of a block, in transformers also every linear layer of attention and MLPs
 ``block.conv_first``        first convolution of a block
 ``block.conv_later``        every convolution of a block but the first
 ``block.conv_last``         last convolution of a block
 ``block.residual``          result of the branch just before the addition, where this is the result of a convolution
 ``block.addition``          both operands of the addition, through one quantizer; only in blocks without batch norm
+``block.linear``            transformers: the linear layers of a block
+``block.mlp``               those of its MLPs
+``block.attention``         operands of the matrix products of attention: queries, keys, attention map, values
 ``body_end``                convolutions of the body outside of its blocks: after the last one, or joining several
 ``upsampler``               convolutions that raise the resolution
 ``tail``                    convolution(s) that make the image
@@ -22,6 +26,9 @@ An empty tuple says that the backbone has no such place. Roles used by the shipp
 
 from __future__ import annotations
 
+from typing import Optional
+
+from qsr_plugin.archs.hat_roles import hat_roles
 from torch import nn
 
 from qsr_plugin.quant.places import ROLE_TABLES, RoleTable, register_roles
@@ -153,6 +160,52 @@ register_roles(
         "features": ("upsample:input",),
     },
 )
+
+
+def _swinir(net: nn.Module) -> Optional[RoleTable]:
+    """Blocks are the residual Swin Transformer blocks; ``None`` for a class of this name from elsewhere.
+
+    A norm stands between the input of a block and its first layer, so no convolution or linear layer reads that input.
+    """
+    if not any(cls.__module__.startswith("basicsr.") for cls in type(net).__mro__):
+        return None
+    group = "layers.*.residual_group.blocks.*"
+    linear = tuple(f"{group}.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+    body_end = _convolutions(net, "conv_after_body") or ("conv_after_body",)
+    convs = tuple(name.replace("conv_after_body", "layers.*.conv") for name in body_end)  # both are built alike
+    return {
+        "head": ("conv_first",),
+        "block": ("layers.*",),
+        "block.shortcut": ("layers.*:shortcut",),
+        "block.conv": (*linear, *convs),
+        "block.conv_first": (),
+        "block.conv_later": (*linear, *convs),
+        "block.conv_last": convs[-1:],
+        "block.residual": (f"{convs[-1]}:output",),
+        "block.addition": ("layers.*:addition",),
+        "block.linear": linear,
+        "block.mlp": linear[2:],
+        "block.attention": tuple(f"{group}.attn:{port}" for port in ("query", "key", "attention", "value")),
+        "body_end": body_end,
+        **_swinir_ends(net),
+    }
+
+
+def _swinir_ends(net: nn.Module) -> RoleTable:
+    """What follows the body; where there is a convolution before the upsampler, it counts as a part of it."""
+    if net.upsampler == "pixelshuffledirect":  # the convolution that raises the resolution makes the image
+        return {"upsampler": (), "tail": ("upsample.0",), "features": ("upsample:input",)}
+    if net.upsampler == "pixelshuffle":
+        layers, tail = _convolutions(net, "upsample"), ("conv_last",)
+    elif net.upsampler == "nearest+conv":
+        layers, tail = ("conv_up?",), ("conv_hr", "conv_last")
+    else:
+        return {"upsampler": (), "tail": ("conv_last",), "features": ("conv_last:input",)}
+    return {"upsampler": ("conv_before_upsample.0", *layers), "tail": tail, "features": ("conv_before_upsample:input",)}
+
+
+register_roles("SwinIR", _swinir)
+register_roles("HAT", hat_roles)
 
 
 def list_backbones() -> list[str]:

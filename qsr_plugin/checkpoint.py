@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qsr_plugin import __version__
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.surgery import persistent_state, plugin_keys
+from qsr_plugin.quant.surgery import persistent_state, plugin_keys, rebuilt_buffers
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -238,8 +238,8 @@ def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "pa
         CheckpointError: On any missing, unexpected or differently shaped key; nothing is changed then.
     """
     state, own = float_state(path, prefer), net.state_dict()
-    rebuilt = getattr(net, "rebuilt_buffers", frozenset()) - set(state)  # index tables that files may leave out
-    expected = {key: value for key, value in own.items() if key not in plugin_keys(net) | rebuilt}
+    added = plugin_keys(net) | (rebuilt_buffers(net) - set(state))  # index tables that files may leave out
+    expected = {key: value for key, value in own.items() if key not in added}
     problems = key_differences(expected, state)
     if problems:
         kind = getattr(net, "float_class", type(net))

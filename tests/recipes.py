@@ -16,6 +16,9 @@ from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
 
+#: Roles that transformers alone have.
+TRANSFORMER_ROLES = ("block.linear", "block.mlp", "block.attention")
+
 
 def is_adaptive(method: str) -> bool:
     """Whether the recipe as shipped chooses among bit widths."""
@@ -28,9 +31,11 @@ def equal(method: str, bits: int, **changes: Any) -> Recipe:
     return load_recipe(method, weight_bits=bits, act_bits=min(max(bits, 2 + reach), 16 - reach), **changes)
 
 
-def by_role(method: str) -> list[str]:
-    """Placements of a recipe that every backbone with a role table has; others look for modules that few have."""
-    return [name for name, rules in load_recipe(method).placements.items() if all(rule.role for rule in rules)]
+def by_role(method: str, transformer: bool = False) -> list[str]:
+    """Placements of a recipe that every backbone with a role table has, or every transformer among them."""
+    missing = {None} if transformer else {None, *TRANSFORMER_ROLES}
+    placements = load_recipe(method).placements
+    return [name for name, rules in placements.items() if not missing & {rule.role for rule in rules}]
 
 
 def widths(recipe: Recipe) -> tuple[int, ...]:

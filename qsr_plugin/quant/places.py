@@ -16,16 +16,17 @@ from qsr_plugin.quant.generic_roles import GENERIC_ROLES, generic_roles
 from qsr_plugin.quant.quantizer import quantizer_class
 from qsr_plugin.quant.recipe import RecipeError, register_parts
 from qsr_plugin.quant.schema import FLOAT_BITS, QuantizerSpec, Recipe, Rule
-from qsr_plugin.quant.sites import all_ports, site_class_for
+from qsr_plugin.quant.sites import all_ports, site_class_for, told_channels
 
 logger = logging.getLogger("qsr_plugin")
 
 #: Role -> places, each ``"pattern"`` or ``"pattern:port"``. An empty tuple says that the backbone has no such place, so
 #: a rule for it is skipped.
 RoleTable = Mapping[str, tuple[str, ...]]
-_TableOf = Callable[[nn.Module], RoleTable]
+_TableOf = Callable[[nn.Module], Optional[RoleTable]]
 
-#: Backbone class name -> its table, or what makes it for a network where constructor arguments decide.
+#: Backbone class name -> its table, or what makes it for a network where constructor arguments decide; ``None`` is for
+#: a network that only has the name.
 ROLE_TABLES: dict[str, Union[RoleTable, _TableOf]] = {}
 
 
@@ -196,9 +197,9 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
             f"{where}: quantizer '{spec.type}' has a number per channel, and {name} ({type(module).__name__}) does not "
             f"say how many pass its port '{port}': give it a place at a convolution or linear layer"
         )
-    if rule.pad_first and not (port == "input" and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))):
+    if rule.pad_first and not (port == "input" and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))):
         raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
-    pad_first = rule.pad_first and isinstance(module, nn.Conv2d)  # a transposed convolution adds no zeros
+    pad_first = rule.pad_first and isinstance(module, nn.Conv2d)  # the others add no zeros
     own_bits = rule.bits is not None and not rule.in_fab
     return Place(name, module, port, number, spec, bits, own_bits, pad_first)
 
@@ -235,10 +236,10 @@ def places_named(net: nn.Module, place: str) -> list[tuple[str, nn.Module, str]]
 def channels_at(module: nn.Module, port: str) -> Optional[int]:
     """How many channels the tensors at a port have, as far as the module or the layers in it say.
 
-    A module without layers of its own may have an attribute ``port_channels``, port to channels.
+    What :func:`told_channels` says goes before.
     """
-    if port in (declared := getattr(module, "port_channels", {})):
-        return declared[port]
+    if port in (told := told_channels(module)):
+        return told[port]
     names = ("out_channels", "out_features") if port == "output" else ("in_channels", "in_features")
     parts = list(module.modules())  # of a block: its first layer tells the input, its last one the output
     parts = parts if port != "output" else [module, *reversed(parts[1:])]

@@ -7,6 +7,7 @@ get the ordinary classes below; every other module gets a generated subclass who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class Site:
     def at_port(self, port: str, x: Tensor, operand: str = "") -> Tensor:
         """Pass an activation through a port: tap it, quantize it, record its bits.
 
+        Windows that are folded into the batch, image after image, are quantized together: statistics of an image, where
+        a quantizer or policy takes some, are those of all its windows.
+
         Args:
             port: Name of the port.
             x: The activation.
@@ -79,23 +83,26 @@ class Site:
         if quantizer is None:
             return x
         policy = self._modules[f"{port}_policy"]
+        known = policy.seen if record is None else record
+        whole = x if self.channel_axis == 1 or known is None else _by_image(x, known.images)
         if not quantizes(quantizer.site):
-            quantizer.observe(x)
-            policy.observe(x)
+            quantizer.observe(whole)
+            policy.observe(whole)
             return x
         if fitting_on():
-            quantizer.fit(x, policy.usual_bits())
-        decision = policy.decide(x, policy.seen if record is None else record)
+            quantizer.fit(whole, policy.usual_bits())
+        decision = policy.decide(whole, known)
         if record is not None:
             policy.seen = record
             record.bits[quantizer.site] = decision.bits
             if decision.expected is not None:
                 record.signal(EXPECTED_BITS, quantizer.site, decision.expected)
-        out = quantize_with(quantizer, x, decision)
-        if record is not None and record.keep_pairs:
-            record.pairs[quantizer.site + operand] = (x, out)
-            return out if port in self.read_ports else out.clone()  # what comes next may work in place
-        return out
+        out = quantize_with(quantizer, whole, decision)
+        keep = record is not None and record.keep_pairs
+        if keep:
+            record.pairs[quantizer.site + operand] = (whole, out)
+        out = out if whole is x else out.flatten(0, 1)
+        return out.clone() if keep and port not in self.read_ports else out  # what comes next may work in place
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: quantized if the port has a quantizer, else the float master weight."""
@@ -106,6 +113,11 @@ class Site:
         if record is not None and record.keep_pairs:
             record.pairs[quantizer.site] = (self.weight, out)
         return out
+
+    @classmethod
+    def channels_of(cls, module: nn.Module) -> Mapping[str, int]:
+        """Port to channels of a float module, for ports where none of its layers tells."""
+        return {}
 
     @classmethod
     def from_float(cls, module: nn.Module, name: str = "") -> nn.Module:
@@ -121,6 +133,11 @@ class Site:
         module.__class__ = cls
         module.site_name = name
         return module
+
+
+def _by_image(x: Tensor, images: int) -> Tensor:
+    """(N * windows, ..., C) as (N, windows, ..., C); ``x`` itself where the batch is the images, or no multiple."""
+    return x if x.shape[0] == images or x.shape[0] % images else x.unflatten(0, (images, -1))
 
 
 class QuantConv2d(Site, nn.Conv2d):
@@ -208,6 +225,12 @@ def all_ports(module: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*WeightedPortSite.ports, *registered.ports)))
 
 
+def told_channels(module: nn.Module) -> Mapping[str, int]:
+    """Port to channels, as a module itself says in its attribute ``port_channels``, or else its site class for it."""
+    kind = type(module) if isinstance(module, Site) else _SITE_CLASSES.get(type(module), Site)
+    return getattr(module, "port_channels", None) or kind.channels_of(module)
+
+
 _SITE_CLASSES: dict[type, type[Site]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, MatMul: QuantMatMul}
 
 
@@ -225,8 +248,8 @@ def register_site_class(float_class: type, site_class: type[Site]) -> None:
 def site_class_for(module: nn.Module, ports: set[str]) -> type[Site]:
     """The site class that gives ``module`` the ports asked for.
 
-    A class registered for the exact type is used; else one is generated from the module's type, without touching its
-    forward.
+    A class registered for the exact type is used where it is needed, for its ports or its channel axis; else one is
+    generated from the module's type, without touching its forward.
 
     Args:
         module: Float module.
@@ -243,7 +266,8 @@ def site_class_for(module: nn.Module, ports: set[str]) -> type[Site]:
         )
     generic = PortSite if not isinstance(getattr(module, "weight", None), Tensor) else WeightedPortSite
     chosen = _SITE_CLASSES.get(kind)
-    if chosen is None or (ports <= set(generic.ports) and chosen not in (QuantConv2d, QuantLinear, QuantMatMul)):
+    suits = chosen is QuantConv2d or (chosen is not None and chosen.channel_axis != generic.channel_axis)
+    if chosen is None or (ports <= set(generic.ports) and not suits):
         chosen = derived_class(generic, kind)
     missing = sorted(ports - set(chosen.ports))
     if missing:

@@ -16,6 +16,8 @@ from qsr_plugin.quant.record import RecordingRoot, record_root
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.sites import Site, site_class_for
 
+_WINDOW_TABLES = ("attn_mask", "relative_position_index")
+
 
 def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]) -> nn.Module:
     """Put a recipe's quantizers into a float network, in place.
@@ -134,9 +136,19 @@ def plugin_keys(net: nn.Module) -> set[str]:
     return {f"{name}.{key}" for name in parts for key in net.get_submodule(name).state_dict()} | depth_keys(net)
 
 
+def rebuilt_buffers(net: nn.Module) -> frozenset[str]:
+    """Names of buffers that building a network makes anew: files may lack them, and sizes do not count them.
+
+    They are those in its attribute ``rebuilt_buffers``, or else, by their usual names, masks and position tables of
+    attention in windows.
+    """
+    usual = (name for name, _ in net.named_buffers() if name.rpartition(".")[2] in _WINDOW_TABLES)
+    return frozenset(getattr(net, "rebuilt_buffers", None) or usual)
+
+
 def persistent_state(net: nn.Module) -> dict[str, Tensor]:
-    """State dict of a network without its ``rebuilt_buffers``: tables that building it makes anew."""
-    rebuilt = getattr(net, "rebuilt_buffers", ())
+    """State dict of a network without its :func:`rebuilt_buffers`."""
+    rebuilt = rebuilt_buffers(net)
     return {key: value for key, value in net.state_dict().items() if key not in rebuilt}
 
 

@@ -69,6 +69,7 @@ def test_square_inputs() -> None:
 def test_the_class_is_still_a_subclass_and_copies_pad_as_well() -> None:
     net = deepcopy(pad_input(Windows(), 2, multiple=8, minimum=16))
     assert isinstance(net, Windows) and isinstance(net, PaddedInput)
+    assert type(net).__name__ == "Windows", "by which role tables and files know it"
     assert net(torch.rand(1, 3, 5, 5)).shape == (1, 3, 10, 10)
 
 

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from qsr_plugin import compat
 from tests import recipes
+from tests.backbones import tiny_options
 from tests.host import harness
 
 compat.import_host()
@@ -21,8 +22,9 @@ from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
 from qsr_plugin.train import leave_process_group  # noqa: E402
 
 BACKBONES = {
-    "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 4, "upscale": 4, "img_range": 255.0},
-    "SRResNet": {"type": "SRResNet_qsr", "num_feat": 8, "num_block": 4, "upscale": 4},
+    "EDSR": tiny_options("EDSR", 4, upscale=4, img_range=255.0),
+    "SRResNet": tiny_options("SRResNet", 4, upscale=4),
+    "SwinIR": tiny_options("SwinIR", upscale=4, drop_path_rate=0.1),
 }
 #: Iterations of every stage but the last.
 STAGE = 2
@@ -56,7 +58,7 @@ def short_recipe(method: str, backbone: dict[str, Any], own: bool) -> dict[str, 
 def options(data: Path, root: Path, method: str, backbone: str, *, own: bool = False, **changes: Any) -> dict[str, Any]:
     """Options as the host's parser leaves them, with float weights that are the same in every call."""
     opt = harness.options(data, train={"ema_decay": 0.9})
-    kind = {"num_in_ch": 3, "num_out_ch": 3, **BACKBONES[backbone]}
+    kind = BACKBONES[backbone]
     with torch.random.fork_rng():
         torch.manual_seed(4)
         weights = root / f"{backbone}{changes.get('rank', 0)}.pth"

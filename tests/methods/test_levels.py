@@ -37,7 +37,8 @@ def grids(quantizer: Quantizer, y: Tensor, bits: int | Tensor) -> Iterator[tuple
         return
     widths = bits.flatten().tolist() if isinstance(bits, Tensor) and bits.dim() else [bits] * len(y)
     for image, width in zip(y, widths, strict=True):
-        parts = image.movedim(quantizer.channel_axis - 1, 0) if name in PER_CHANNEL else [image]
+        axis = quantizer.channel_axis if quantizer.channel_axis < 0 else quantizer.channel_axis - 1
+        parts = image.movedim(axis, 0) if name in PER_CHANNEL else [image]
         yield from ((part, int(width)) for part in parts)
 
 
@@ -54,7 +55,7 @@ def excess(net: nn.Module, images: Tensor) -> dict[str, int]:
             more = part.unique().numel() - 2**width
             if more > 0:
                 found[key] = max(found.get(key, 0), more)
-    assert {key.partition(".residual")[0] for key in record.pairs} == set(parts), "every quantizer is looked at"
+    assert {key.removesuffix(".residual") for key in record.pairs} == set(parts), "every quantizer is looked at"
     return found
 
 
@@ -80,6 +81,18 @@ def test_no_tensor_has_more_levels_than_its_bits_allow(tiny_net, large_images, m
     placement = max(by_role(method), key=lambda name: len(load_recipe(method).placements[name]))
     recipe = equal(method, bits, placement=placement)
     net = calibrate(quantize_model(tiny_net(num_block=1), recipe), large_images)
+    assert not excess(net, large_images[0])
+    disturb(net)
+    assert not excess(net, large_images[0])
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_nor_in_linear_layers_and_products_of_attention(tiny_net, large_images, method: str, bits: int) -> None:
+    """Windows of an image share its grid: the batch of an attention is one of windows."""
+    rules = [*load_recipe(method).to_dict()["placements"]["body"], {"role": "block.attention"}]
+    recipe = equal(method, bits, placement="all", placements={"all": rules})
+    net = calibrate(quantize_model(tiny_net("SwinIR", num_block=1), recipe), large_images)
     assert not excess(net, large_images[0])
     disturb(net)
     assert not excess(net, large_images[0])

@@ -12,7 +12,7 @@ from qsr_plugin.quant.quantizer import quantizer_class
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 from qsr_plugin.report.fab import feature_average_bits
-from tests.backbones import FITTING, REFUSED
+from tests.backbones import FITTING, REFUSED, TRANSFORMERS
 from tests.quant.choosers import bright_to_dark, trained
 from tests.recipes import ADAPTIVE, METHODS, by_role, equal, shipped, widths
 
@@ -24,7 +24,7 @@ fitting_adaptive = pytest.mark.parametrize(("method", "backbone"), [pair for pai
 CASES = [
     (method, backbone, placement, own)
     for method, backbone in FITTING
-    for placement in by_role(method)
+    for placement in by_role(method, backbone in TRANSFORMERS)
     for own in ((False, True) if method in ADAPTIVE else (False,))
 ]
 

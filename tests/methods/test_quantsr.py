@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from qsr_plugin.methods.quantsr import RLQQuantizer
 from qsr_plugin.models.stages import parameter_groups
 from qsr_plugin.quant.calibrate import calibrate
+from qsr_plugin.quant.places import channels_at
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
 from tests.backbones import DEPTH, names_of
@@ -246,7 +247,7 @@ def test_shifts_learn_with_the_other_parameters_and_steps_with_the_ranges(tiny_n
     net = calibrate(quantize_model(tiny_net(backbone), load_recipe("quantsr", weight_bits=4, act_bits=4)), images)
     acts = [q for _, q in quantizers(net) if q.role == "act"]
     convs = [net.get_submodule(name) for name in names_of(net, "block.conv")]
-    assert [tuple(q.tau.shape) for q in acts] == [(conv.in_channels,) for conv in convs] and len(convs) >= 4
+    assert [tuple(q.tau.shape) for q in acts] == [(channels_at(conv, "input"),) for conv in convs] and len(convs) >= 4
     groups = {name: {id(p) for p in parameters} for name, parameters in parameter_groups(net).items()}
     assert all(id(q.tau) in groups["others"] and id(q.step) in groups["ranges"] for q in acts)
     twin = copy.deepcopy(net)

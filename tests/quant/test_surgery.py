@@ -146,7 +146,8 @@ def test_features_can_be_tapped_by_role_on_float_and_quantized_networks(tiny_net
     want = tiny_net(backbone)(images[0])
     assert torch.equal(plain(images[0]), want)
     seen = plain.last_record().taps["f"]
-    assert seen.shape[:2] == (2, plain.backbone_options["num_feat"])
+    options = plain.backbone_options
+    assert seen.shape[:2] == (2, options.get("num_feat") or options["embed_dim"])
     net = tap(
         calibrate(quantize_model(tiny_net(backbone), load_recipe("pams", weight_bits=32, act_bits=32)), images),
         "features",
