@@ -62,10 +62,10 @@ def with_fragile_places(
 ) -> Recipe:
     """The recipe of a calibrated network with more bits for the layers where they remove most damage for their cost.
 
-    Input and weight of a layer are raised together to ``recipe.fragile.bits``. The layers raised cost at most the share
-    ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight bits x
-    activation bits; layers with bits of their own are no part of it. Layers that the recipe raises already count as
-    spent, so a recipe that comes from here comes back as it is unless there is room left.
+    Input and weight of a layer are raised together, to a width of ``recipe.fragile.bits``. The layers raised cost at
+    most the share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x
+    weight bits x activation bits; layers with bits of their own are no part of it. Layers that the recipe raises
+    already count as spent, so a recipe that comes from here comes back as it is unless there is room left.
 
     Args:
         net: Quantized with a recipe that has ``fragile``, calibrated; not changed.
@@ -84,7 +84,7 @@ def with_fragile_places(
     recipe = net.recipe
     if recipe.fragile is None:
         raise RecipeError(f"method '{recipe.method}' has no 'fragile': add fragile: {{bits: 8, budget: 0.05}}")
-    bits, body = recipe.fragile.bits, _body(net, float_net)
+    bits, body = _raised_to(recipe), _body(net, float_net)
     base = sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in body)
     left = (1 + recipe.fragile.budget) * base - sum(layer.bitops({}) for layer in body)
     prices = {
@@ -147,13 +147,14 @@ def _own_bits(recipe: Recipe, port: str) -> int:
     return recipe.bits.weight if port == "weight" else recipe.bits.act
 
 
+def _raised_to(recipe: Recipe) -> int:
+    return recipe.fragile.above(min(recipe.bits.weight, recipe.bits.act))
+
+
 def _with_rules(recipe: Recipe, layers: Sequence[_Layer]) -> Recipe:
     """The recipe with these layers at the bits of its ``fragile``, by rules in this order."""
-    rules = [
-        _raised(recipe, place, recipe.fragile.bits)
-        for layer in layers
-        for place in layer.below(recipe.fragile.bits).values()
-    ]
+    bits = _raised_to(recipe)
+    rules = [_raised(recipe, place, bits) for layer in layers for place in layer.below(bits).values()]
     placements = {**recipe.placements, recipe.placement: (*recipe.rules, *rules)}
     return recipe.model_copy(update={"placements": placements})
 

@@ -172,6 +172,19 @@ def test_nothing_to_raise(float_net, images, bits: int, weight: int) -> None:
     assert choose(float_net, recipe, images) is recipe
 
 
+@pytest.mark.parametrize(("bits", "want"), [(4, 8), (6, 8), (8, 16)])
+def test_of_several_widths_the_first_above_the_methods_is_taken(float_net, images, bits: int, want: int) -> None:
+    before = load_recipe(minmax(bits), fragile={"bits": [8, 16], "budget": 0.4})
+    after = choose(float_net, before, images)
+    assert raised(after, before) and {rule.bits for rule in after.rules[len(before.rules) :]} == {want}
+
+
+@pytest.mark.parametrize(("bits", "says"), [([16, 8], "ascending"), ([], "at least 1"), (17, "16"), ([4, 1], "2")])
+def test_widths_that_make_no_sense_are_refused(bits: object, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(minmax(), fragile={"bits": bits})
+
+
 def test_a_budget_that_no_layer_fits_is_told(float_net, images, caplog) -> None:
     """Nine layers of one size, so that one at 8 instead of 4 bits adds a third."""
     recipe = minmax(fragile={"bits": 8, "budget": 0.3})

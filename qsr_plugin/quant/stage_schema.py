@@ -81,9 +81,26 @@ class Fragile(Strict):
     """After calibration, the places that hurt most when they alone are quantized get more bits.
 
     Attributes:
-        bits: Bit width of these places.
+        bits: Bit width of these places, or several in ascending order, of which the first is taken that is more than
+            weights or activations have.
         budget: How much BitOPs of the body may grow by it, as a share.
     """
 
-    bits: int = Field(8, ge=2, le=16)
+    bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = Field((8,), min_length=1)
     budget: float = Field(0.05, gt=0, le=1)
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, (list, tuple)) else (value,)
+
+    @field_validator("bits")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"are {list(value)}; give several in ascending order")
+        return value
+
+    def above(self, bits: int) -> int:
+        """The width for places with so many bits; the widest one if none is more."""
+        return next((width for width in self.bits if width > bits), self.bits[-1])
