@@ -44,6 +44,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "qsr_plugin.methods": ["*.md"],
+        "qsr_plugin.report": ["*.md"],
         "qsr_plugin.options": ["**/*.yml"],
         "qsr_plugin.assets": ["*.safetensors", "*.md"],
     },

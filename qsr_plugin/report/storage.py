@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.schema import FLOAT_BITS
 from qsr_plugin.quant.sites import Site
+from qsr_plugin.quant.surgery import rebuilt_buffers, sites
 
 
 def storage_bits(module: nn.Module, *, as_float: bool = False) -> int:
@@ -18,15 +20,27 @@ def storage_bits(module: nn.Module, *, as_float: bool = False) -> int:
 
     A quantized weight takes its bit width per number, rounded up to whole bytes per tensor. Other parameters, float
     buffers (batch norm's statistics) and the ranges of quantizers take 32 bits per number. Left out is what a reader
-    makes anew: integer buffers (counters, index tables), the ``rebuilt_buffers`` of a network (attention masks),
+    makes anew: integer buffers (counters, index tables), :func:`rebuilt_buffers` (attention masks),
     calibration flags, bounds used in training only.
 
     Args:
         module: A network, float or quantized, or a part of one.
         as_float: Count the float network inside a quantized one.
     """
-    rebuilt = getattr(module, "rebuilt_buffers", ())
+    rebuilt = rebuilt_buffers(module)
     return _bits(module, as_float, {id(buffer) for name, buffer in module.named_buffers() if name in rebuilt})
+
+
+def learned_numbers(net: nn.Module, share: Callable[[float], float]) -> float:
+    """How many numbers a network learns, ranges and bit policies included; what is shared counts once.
+
+    Args:
+        net: A network, float or quantized.
+        share: Bits to what a number of a weight with so many counts; all other numbers have 32.
+    """
+    packed = [(site.weight, site.quantizer("weight")) for _, site in sites(net) if site.quantizer("weight") is not None]
+    widths = {id(weight): packer.candidates[0] for weight, packer in packed}
+    return math.fsum(p.numel() * share(widths.get(id(p), FLOAT_BITS)) for p in net.parameters())
 
 
 def _bits(module: nn.Module, as_float: bool, seen: set[int]) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsr_plugin import complexity, list_backbones, load_recipe, quantize_model
-from qsr_plugin.quant.surgery import plugin_keys, quantizers, sites
+from qsr_plugin.quant.surgery import persistent_state, plugin_keys, quantizers, sites
 from qsr_plugin.report.storage import storage_bits
 
 
@@ -26,7 +26,7 @@ def test_equals_the_packed_bytes_and_the_listed_extras(tiny, backbone: str, meth
     net = tiny(backbone, method, weight_bits=bits, act_bits=bits)
     packed = {f"{name}.weight" for name, site in sites(net) if site.quantizer("weight") is not None}
     blob = b""
-    for key, tensor in net.state_dict().items():
+    for key, tensor in persistent_state(net).items():
         if key in packed:
             blob += pack(tensor, bits)
         elif key not in plugin_keys(net) and not key.endswith("num_batches_tracked"):
@@ -38,7 +38,7 @@ def test_equals_the_packed_bytes_and_the_listed_extras(tiny, backbone: str, meth
 
 @pytest.mark.parametrize("backbone", list_backbones())
 def test_float_size_is_that_of_the_float_network(tiny, backbone: str) -> None:
-    float_state = tiny(backbone).state_dict()
+    float_state = persistent_state(tiny(backbone))
     numbers = sum(t.numel() for key, t in float_state.items() if not key.endswith("num_batches_tracked"))
     assert storage_bits(tiny(backbone)) == storage_bits(tiny(backbone, "pams"), as_float=True) == 32 * numbers
 
