@@ -39,7 +39,8 @@ def bits(
     from qsr_plugin.report.bit_maps import labels_of, observe_bits, patch_gradients
     from qsr_plugin.report.bit_plots import save_bits
     from qsr_plugin.report.plots import check_ending
-    from qsr_plugin.report.tables import write_json
+    from qsr_plugin.report.result_io import write_results
+    from qsr_plugin.report.result_schema import Result, ResultTable, described, of_backbone, package_versions
 
     cut = {"size": patch, "overlap": overlap, "last": last, "batch": batch}
     said = [name for name in ("patch", "overlap", "last", "batch") if _given(context, name)]
@@ -50,16 +51,18 @@ def bits(
         check_ending(path)
     pixels = read_rgb(image)
     lr = to_tensor(pixels).unsqueeze(0)
-    maps, gradients = [], []
+    maps, gradients, results = [], [], []
     for path, label in zip(model, labels_of(model)):
         net = load_quantized(path)
         maps.append(observe_bits(net, lr, scale_of(net.backbone_options), label, **({} if whole else cut)))
         gradients.append(patch_gradients(lr, maps[-1].patches))
+        known = {**described(net.recipe), "label": label, **of_backbone(net.backbone_options), "model": str(path)}
+        results.append(Result(**known, versions=package_versions(), details=maps[-1].to_dict(gradients[-1])))
     for path in out:
         save_bits(path, to_uint8(pixels), maps)
     if data is not None:
-        networks = [{"model": str(path), **one.to_dict(slopes)} for path, one, slopes in zip(model, maps, gradients)]
-        write_json({"image": str(image), "patches": cut or "whole image", "networks": networks}, data)
+        shared = {"image": str(image), "patches": "whole image" if whole else cut}
+        write_results(ResultTable(rows=tuple(results), settings=shared), data)
     console.print(_bits_table(maps, gradients))
     console.print(f"wrote {', '.join(map(str, [*out, *([data] if data else [])]))}", highlight=False, soft_wrap=True)
 
@@ -104,7 +107,7 @@ _AXES = {"fab": "fab", "bitops": "bitops", "size": "storage_bits"}
 def tradeoff(
     results: Annotated[
         list[str],
-        typer.Argument(help="JSON files with results, of qsr quantize, qsr report or compare_methods; or LABEL=FILE."),
+        typer.Argument(help="Result files of any command; or LABEL=FILE."),
     ],
     out: Out,
     x: Annotated[str, typer.Option("--x", help="What it costs: fab, bitops or size.")] = "fab",
@@ -130,7 +133,7 @@ def tradeoff(
         points += rename(read, label) if equals else read
     chosen = choose_set(points, test)
     rows = rows_of(chosen, _AXES[x])
-    name = next((point.test for point in chosen if point.test), test or "")
+    name = chosen[0].test
     for path in out:
         tradeoff_plot(rows, _AXES[x], "psnr", path, title=name if title is None else title, front=front)
     console.print(_points_table(chosen, name))

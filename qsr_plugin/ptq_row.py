@@ -18,7 +18,15 @@ from typing import Any, Optional
 
 from qsr_plugin import compat
 from qsr_plugin.data.images import list_images
-from qsr_plugin.report.ptq_rows import PtqRow
+from qsr_plugin.report.result_schema import (
+    FLOAT,
+    CalibrationImages,
+    Costs,
+    Quality,
+    Result,
+    of_backbone,
+    package_versions,
+)
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,25 @@ class Job:
 
     def key(self) -> str:
         """Short name of the origin."""
-        return hashlib.sha256(json.dumps(self.origin(), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.origin())
 
-    def row(self) -> PtqRow:
+    @property
+    def label(self) -> str:
+        """Everything that tells its row from others."""
+        return " ".join(part for part in (self.network, self.method or FLOAT, self.bits, self.placement) if part)
+
+    def result(self) -> Result:
         """The row as it is before anything is known."""
-        return PtqRow(self.network, self.method or "float", self.bits, self.placement)
+        method = self.method or FLOAT
+        told = {"bits": self.bits, "placement": self.placement, "weights": self.weights}
+        label = f"{method} {self.bits}" if self.bits else method
+        made = {**of_backbone(self.backbone), "scale": self.scale}
+        return Result(label=label, method=method, network=self.network, **told, **made)
+
+
+def key_of(origin: Mapping[str, Any]) -> str:
+    """Short name of what a row is made from."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @lru_cache
@@ -118,7 +140,7 @@ def _digest_of_folder(path: str) -> str:
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]
 
 
-def make_row(job: Job) -> PtqRow:
+def make_row(job: Job) -> Result:
     """Quantize, calibrate and tune as the job says, then score and count. Call it in a process of its own.
 
     Args:
@@ -138,21 +160,21 @@ def make_row(job: Job) -> PtqRow:
         check_pairs(find_pairs(hr, lr, job.scale), job.scale)  # before work is done for them
     device = torch.device(job.device)
     if job.recipe is None:
-        made = {"net": _float_network(job).to(device)}
+        net, made = _float_network(job).to(device), {}
     else:
         torch.manual_seed(job.crops.seed)
         keep_freed_memory()  # as the command line does
-        made = _post_trained(job, device)
+        net, made = _post_trained(job, device)
         on_gpu = device.type == "cuda"
-        made["memory"] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
-    net, results = made.pop("net"), {}
-    for name, (hr, lr) in job.tests.items():
-        results[name] = evaluate(net, hr, lr, job.scale)
-    first = next(iter(results.values()))
-    costs = complexity(net, bits=first.place_bits)
-    scores = {name: {what: getattr(one, what) for what in ("psnr", "ssim", "fab")} for name, one in results.items()}
-    figures = {"fab": first.fab, "bitops": costs.bitops, "storage_bits": costs.storage_bits}
-    return PtqRow.read({**job.row().to_dict(), "scores": scores, **figures, **made})
+        made["peak_memory"] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+    results = {name: evaluate(net, hr, lr, job.scale) for name, (hr, lr) in job.tests.items()}
+    costs = complexity(net, bits=next(iter(results.values())).place_bits)
+    figures = {
+        "quality": {name: Quality.of(one, by_image=False) for name, one in results.items()},
+        "costs": Costs.of(costs, sites=False),
+        "versions": package_versions(),
+    }
+    return job.result().model_copy(update={**figures, **made})
 
 
 def _float_network(job: Job) -> Any:
@@ -164,26 +186,35 @@ def _float_network(job: Job) -> Any:
     return net.eval()
 
 
-def _post_trained(job: Job, device: Any) -> dict[str, Any]:
-    """The network, and what making it took."""
+def _post_trained(job: Job, device: Any) -> tuple[Any, dict[str, Any]]:
+    """The network, and how it was made, as keywords of a result."""
     from qsr_plugin.data.calibration_set import crops_from_folder
     from qsr_plugin.options_file import parse_bits
     from qsr_plugin.post_training import post_train
     from qsr_plugin.quant.recipe import load_recipe
+    from qsr_plugin.report.complexity import method_label
 
     weight_bits, act_bits = parse_bits(job.bits)
     recipe = load_recipe(job.recipe, weight_bits=weight_bits, act_bits=act_bits, placement=job.placement)
-    drawn = {"images": job.crops.images, "scale": job.crops.reduce, "side": job.crops.side, "seed": job.crops.seed}
-    crops = crops_from_folder(job.crops.folder, batch=recipe.calibration.batch, **drawn)
+    given, used = job.crops, []
+    drawn = {"images": given.images, "scale": given.reduce, "side": given.side, "seed": given.seed, "used": used}
+    crops = crops_from_folder(given.folder, batch=recipe.calibration.batch, **drawn)
     made = post_train(_float_network(job).to(device), recipe, [batch.to(device) for batch in crops])
-    return {"net": made.net, "seconds": dict(made.seconds), "fragile": made.fragile}
+    images = {"reduced": given.reduce, "images": len(used), "names": tuple(used), "side": given.side}
+    return made.net, {
+        "label": job.method + method_label(made.recipe).removeprefix(made.recipe.method),
+        "recipe": made.recipe.to_dict(),
+        "tuned": recipe.tuning is not None,
+        "seed": given.seed,
+        "calibration": CalibrationImages(folder=given.folder, seed=given.seed, **images),
+        "seconds": dict(made.seconds),
+        "details": {"fragile": list(made.fragile)},
+    }
 
 
 def main(job_file: str, row_file: str) -> None:
     """Read a job, write its row; one that fails says why, and its traceback goes to the standard error."""
-    from dataclasses import replace
-
-    from qsr_plugin.report.tables import write_json
+    from qsr_plugin.report.result_io import write_results
 
     compat.import_host()
     job = Job.read(json.loads(Path(job_file).read_text("utf-8")))
@@ -191,8 +222,8 @@ def main(job_file: str, row_file: str) -> None:
         row = make_row(job)
     except Exception as error:  # whatever it is, the table says it
         traceback.print_exc()
-        row = replace(job.row(), note=f"{type(error).__name__}: {error}")
-    write_json(row.to_dict(), row_file)
+        row = job.result().model_copy(update={"note": f"{type(error).__name__}: {error}"})
+    write_results(row, row_file)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ made from, so that no row is made twice.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -20,11 +19,13 @@ from typing import Any
 from qsr_plugin.checkpoint import write_atomically
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.options_file import parse_bits
-from qsr_plugin.ptq_row import Crops, Job
+from qsr_plugin.ptq_row import Crops, Job, key_of
 from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
-from qsr_plugin.report.ptq_rows import FLOAT, PtqRow, to_csv, to_markdown
+from qsr_plugin.report.ptq_rows import PtqRow, to_csv, to_markdown
+from qsr_plugin.report.result_io import ResultError, read_results, read_table, write_results
+from qsr_plugin.report.result_schema import FLOAT, Result, ResultTable
 from qsr_plugin.report.tables import write_json
 
 #: Name of a network whose type is found out from its weights.
@@ -167,8 +168,8 @@ def plan(
 # -- rows that are kept -----------------------------------------------------------------------------------------------
 
 
-def kept_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """All rows of earlier calls with what they were made from, by the key of their job; failed ones as well.
+def kept_rows(out: Path) -> dict[str, Result]:
+    """All rows of earlier calls by the key of their job, with what they were made from; failed ones as well.
 
     Raises:
         PtqTableError: If the file in the folder is none of these tables.
@@ -177,9 +178,11 @@ def kept_rows(out: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text("utf-8"))["rows"])
-    except (ValueError, KeyError, TypeError):
-        raise PtqTableError(f"{path} is no table of post-training methods: give another folder with -o") from None
+        rows = read_table(path).rows
+    except ResultError as error:
+        why = f"{path} is no table of post-training methods: give another folder with -o"
+        raise PtqTableError(f"{why}. {error}") from None
+    return {key_of(row.origin): row for row in rows if row.origin is not None}
 
 
 def make_table(
@@ -208,26 +211,26 @@ def make_table(
         Rows in the order of the jobs.
     """
     keys = {job.key(): job for job in jobs}
-    rows = {key: PtqRow.read(row) for key, row in kept_rows(out).items() if key in keys}
-    todo = [job for key, job in keys.items() if key not in rows or (retry and rows[key].failed)]
+    rows = {key: row for key, row in kept_rows(out).items() if key in keys}
+    todo = [job for key, job in keys.items() if key not in rows or (retry and not rows[key].quality)]
     for job in progress(todo):
-        row = run_row(job, out / "logs")
+        row = run_row(job, out / "logs").model_copy(update={"origin": job.origin()})
         rows[job.key()] = row
         # Read again: another table may be made in this folder at the same time.
-        kept = {**kept_rows(out), job.key(): {**row.to_dict(), "origin": job.origin()}}
-        write_json({"rows": kept}, out / "ptq.json")
+        kept = {**kept_rows(out), job.key(): row}
+        write_results(ResultTable(rows=tuple(kept.values())), out / "ptq.json")
         _write_texts(list(_named(keys, rows)), about, out)
-        told(row)
+        told(PtqRow.of(row))
     made = list(_named(keys, rows))
     _write_texts(made, about, out)
     return made
 
 
-def _named(jobs: Mapping[str, Job], rows: Mapping[str, PtqRow]) -> Iterator[PtqRow]:
+def _named(jobs: Mapping[str, Job], rows: Mapping[str, Result]) -> Iterator[PtqRow]:
     """The rows there are, in the order of the jobs and under their names: equal contents may be called otherwise."""
     for key, job in jobs.items():
         if key in rows:
-            yield replace(rows[key], network=job.network, method=job.method or FLOAT)
+            yield replace(PtqRow.of(rows[key]), network=job.network, method=job.method or FLOAT)
 
 
 def _write_texts(rows: Sequence[PtqRow], about: Sequence[str], out: Path) -> None:
@@ -236,7 +239,7 @@ def _write_texts(rows: Sequence[PtqRow], about: Sequence[str], out: Path) -> Non
         write_atomically(out / f"ptq.{name}", lambda path, text=text: path.write_text(text, "utf-8"))
 
 
-def run_row(job: Job, logs: Path) -> PtqRow:
+def run_row(job: Job, logs: Path) -> Result:
     """Make a row in a process of its own.
 
     Args:
@@ -247,7 +250,7 @@ def run_row(job: Job, logs: Path) -> PtqRow:
         The row; one that says why if it fails, or if the process ends without a row.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{job.row().label.replace(' ', '_')}.log"
+    log = logs / f"{job.label.replace(' ', '_')}.log"
     variables = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
     with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
         asked, answer = Path(folder) / "job.json", Path(folder) / "row.json"
@@ -256,7 +259,7 @@ def run_row(job: Job, logs: Path) -> PtqRow:
         with open(log, "w", encoding="utf-8") as file:
             status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=variables).returncode
         if answer.is_file():
-            return PtqRow.read(json.loads(answer.read_text("utf-8")))
+            return read_results(answer)[0]
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     why = "killed, perhaps for want of memory" if status == -9 else lines[-1] if lines else "said nothing"
-    return replace(job.row(), note=f"the process ended with status {status}: {why}")
+    return job.result().model_copy(update={"note": f"the process ended with status {status}: {why}"})

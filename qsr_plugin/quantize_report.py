@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,29 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from qsr_plugin import __version__
 from qsr_plugin.data.images import read_rgb, to_uint8
 from qsr_plugin.float_networks import FloatNetwork
+from qsr_plugin.memory import peak_memory
 from qsr_plugin.post_training import PostTrained
 from qsr_plugin.progress import track
 from qsr_plugin.report.complexity import complexity, method_label
+from qsr_plugin.report.complexity_types import ComplexityReport
 from qsr_plugin.report.evaluate import evaluate, find_pairs
 from qsr_plugin.report.layers import LayerGroup, layer_groups, layer_lines
 from qsr_plugin.report.page import Page, Scored, cost_figures, score_figures, write_page
 from qsr_plugin.report.pictures import Example, example_of
-from qsr_plugin.report.tables import quantity, results_table, size, summary_table, write_json
+from qsr_plugin.report.result_io import write_results
+from qsr_plugin.report.result_schema import (
+    FLOAT,
+    CalibrationImages,
+    Costs,
+    Quality,
+    Result,
+    described,
+    of_backbone,
+    package_versions,
+)
+from qsr_plugin.report.tables import quantity, results_table, size, summary_table
 from qsr_plugin.report_cli import console
 
 #: Images on the page, and the LR side below which one is too small to show.
@@ -70,24 +80,25 @@ class Settings:
         """Whether stages of the recipe ran after the calibration."""
         return "teacher" in self.made.seconds
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        packages = {name: version(name) for name in ("basicsr", "torch")}
-        return {
-            "weights": str(self.weights),
-            "model": str(self.out),
-            "network": {"source": self.network.source, **self.network.options},
-            "scale": self.network.scale,
-            "method": self.made.recipe.method,
-            "label": self.label,
-            "tuned": self.tuned,
-            "seed": self.seed,
-            "calibration": {"folder": self.folder, "reduced": self.photos, "images": list(self.images)},
-            "versions": {"qsr_plugin": __version__, "python": platform.python_version(), **packages},
-            "recipe": self.made.recipe.to_dict(),
-            "fragile": list(self.made.fragile),
-            "seconds": self.made.seconds,
-        }
+    def result(self) -> Result:
+        """What is known before any test."""
+        network = self.network
+        backbone = {**of_backbone(network.options), "architecture": network.label, "scale": network.scale}
+        backbone["weights"] = str(self.weights)
+        shared = {"network": self.weights.stem, **backbone, "versions": package_versions()}
+        images = {"reduced": network.scale if self.photos else 1, "images": len(self.images), "names": self.images}
+        return Result(
+            **described(self.made.recipe),
+            **shared,
+            model=str(self.out),
+            tuned=self.tuned,
+            seed=self.seed,
+            calibration=CalibrationImages(folder=self.folder, seed=self.seed, **images),
+            seconds=self.made.seconds,
+            peak_memory=peak_memory(),
+            reference=Result(label=FLOAT, costs=Costs.of(complexity(network.net), sites=False), **shared),
+            details={"source": network.source, "fragile": list(self.made.fragile)},
+        )
 
 
 def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor]) -> None:
@@ -102,7 +113,7 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
         ValueError: For an output that is not finite, or images that do not fit.
         OSError: If a file cannot be written.
     """
-    made, nets = settings.made, {"float": settings.network.net, settings.label: settings.made.net}
+    made, nets = settings.made, {FLOAT: settings.network.net, settings.label: settings.made.net}
     _print_seconds(made.seconds)
     costs = complexity(made.net)
     groups = layer_groups(costs, made.recipe)
@@ -119,13 +130,14 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
             "auto, or more images like those the network is for", style="yellow", highlight=False,
         )  # fmt: skip
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
-    known = {**settings.to_dict(), "psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
-    write_json({**known, "complexity": costs.to_dict()}, json)  # what ends a test later does not lose the settings
+    known, more = settings.result(), {"psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
+    known = known.model_copy(update={"costs": Costs.of(costs), "details": {**known.details, **more}})
+    write_results(known, json)  # what ends a test later does not lose the settings
     scores: Scores = {}
     for name, folders in tests.items():
         scores[name] = _score(name, nets, folders, settings.network.scale)
         costs = next(iter(scores.values()))[settings.label][0]
-        write_json({**known, **_entries(scores), "complexity": costs.to_dict()}, json)
+        write_results(_with_scores(known, scores, costs), json)
     if not tests:
         console.print(summary_table(costs))
         if costs.fab is None:
@@ -164,14 +176,14 @@ def _score(name: str, nets: Mapping[str, Any], folders: tuple[Path, Path], scale
     return rows
 
 
-def _entries(scores: Scores) -> dict[str, Any]:
-    """Scores by network, then by the name of the test set."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, rows in scores.items():
-        for label, (costs, score) in rows.items():
-            spent = {"bitops": costs.bitops, "storage_bits": costs.storage_bits}
-            entries.setdefault(label, {})[name] = {**score.to_dict(), **spent}
-    return entries
+def _with_scores(known: Result, scores: Scores, costs: ComplexityReport) -> Result:
+    """The result with the quality of both networks on the sets there are, and the costs on the first."""
+    plain, quantized = (
+        {name: Quality.of(rows[label][1], rows[label][0].bitops) for name, rows in scores.items()}
+        for label in (FLOAT, known.label)
+    )
+    reference = known.reference.model_copy(update={"quality": plain})
+    return known.model_copy(update={"quality": quantized, "costs": Costs.of(costs), "reference": reference})
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -207,7 +219,7 @@ def _page(
     settings: Settings,
     groups: list[LayerGroup],
     scores: Scores,
-    costs: Any,
+    costs: ComplexityReport,
     examples: list[Example],
     likeness: float,
 ) -> Page:
@@ -229,7 +241,7 @@ def _page(
         f"from {settings.folder}: {few}",
         "Seed": str(settings.seed),
         "Output on calibration images": f"{likeness:.1f} dB from the float network's",
-        "Versions": ", ".join(f"{name} {number}" for name, number in settings.to_dict()["versions"].items()),
+        "Versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
         "Model": str(settings.out),
     }
     tables = [score_figures(name, rows) for name, rows in scores.items()]

@@ -19,8 +19,13 @@ Pair = Annotated[Optional[tuple[Path, Path]], typer.Option("--test", help="HR fo
 
 def report(
     model: Annotated[Path, typer.Argument(help="Quantized .safetensors, or an option file with a network_g block.")],
-    size: Annotated[str, typer.Option(help="LR height x width that MACs are counted for.")] = "180x320",
-    convention: Annotated[str, typer.Option(help="How BitOPs are counted: macs-bits or cadyq.")] = "macs-bits",
+    size: Annotated[
+        Optional[str], typer.Option(help="LR height x width that MACs are counted for; 180x320 by most conventions.")
+    ] = None,
+    convention: Annotated[
+        str,
+        typer.Option(help="How operations and parameters count: macs-bits, cadyq, odm, quantsr or quantsr-printed."),
+    ] = "macs-bits",
     sites: Annotated[bool, typer.Option("--sites", help="One row per layer as well.")] = False,
     depth: Annotated[Optional[int], typer.Option(help="How many blocks run, for a network with depth.")] = None,
     test: Pair = None,
@@ -38,14 +43,18 @@ def report(
     compat.import_host()
     from qsr_plugin import complexity, load_quantized, sensitivity_cli, set_depth, slim
     from qsr_plugin.data.patches import PatchOptions
+    from qsr_plugin.errors import suggest
     from qsr_plugin.options_file import scale_of
     from qsr_plugin.quant.depth import trained_depths
+    from qsr_plugin.report.complexity_types import CONVENTIONS
     from qsr_plugin.report.evaluate import evaluate
-    from qsr_plugin.report.tables import depth_table, site_table, summary_table, write_json
+    from qsr_plugin.report.tables import depth_table, site_table, summary_table
 
-    found = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not found:
+    found = re.fullmatch(r"(\d+)x(\d+)", size or "")
+    if size is not None and not found:
         raise typer.BadParameter(f"--size is '{size}'; expected HEIGHTxWIDTH, e.g. 180x320")
+    if convention not in CONVENTIONS:
+        raise typer.BadParameter(f"--convention is '{convention}'. {suggest(convention, CONVENTIONS)}")
     if model.suffix == ".pth":
         raise typer.BadParameter(
             f"'{model}' names no backbone: of a training, give the .safetensors beside it; float weights are "
@@ -67,7 +76,7 @@ def report(
         scale = scale_of(net.backbone_options)
         score = evaluate(net, *test, scale, patches=patches, progress=lambda pairs: track(pairs, "testing", console))
         scores[set_name(test[0])], bits = score, score.place_bits
-    counting = {"input_size": (int(found[1]), int(found[2])), "convention": convention, "patches": patches}
+    counting = {"input_size": found and (int(found[1]), int(found[2])), "convention": convention, "patches": patches}
     costs = complexity(net, bits=bits, **counting)
     depths = trained_depths(net) if depth is None else ()
     by_depth = [complexity(slim(net, blocks), **counting) for blocks in depths]
@@ -78,10 +87,22 @@ def report(
         console.print(depth_table(by_depth))
     damage = None if sensitivity is None else sensitivity_cli.run(net, sensitivity, sensitivity_plot, console)
     if json is not None:
-        results = {**costs.to_dict(), "scores": {name: score.to_dict() for name, score in scores.items()}}
-        results |= {} if damage is None else {"sensitivity": damage}
-        write_json({**results, "depths": [one.to_dict() for one in by_depth]} if by_depth else results, json)
+        details = {"depths": [one.to_dict() for one in by_depth]} if by_depth else {}
+        details |= {} if damage is None else {"sensitivity": damage}
+        _write_result(json, model, net, costs, scores, details)
         console.print(f"wrote {json}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write_result(path: Path, model: Path, net: Any, costs: Any, scores: dict[str, Any], details: Any) -> None:
+    """Everything as a result file."""
+    from qsr_plugin.report.result_io import write_results
+    from qsr_plugin.report.result_schema import FLOAT, Costs, Quality, Result, described, of_backbone, package_versions
+
+    said = {"label": FLOAT} if (recipe := getattr(net, "recipe", None)) is None else described(recipe)
+    said |= of_backbone(getattr(net, "backbone_options", None) or {"type": costs.network})
+    quality = {name: Quality.of(score, costs.bitops) for name, score in scores.items()}
+    made = {"quality": quality, "costs": Costs.of(costs), "versions": package_versions(), "details": details}
+    write_results(Result(**said, model=str(model), **made), path)
 
 
 def slim(

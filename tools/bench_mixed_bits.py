@@ -28,7 +28,8 @@ from qsr_plugin.progress import track
 from qsr_plugin.quant.policy import POLICIES, BitDecision, BitPolicy
 from qsr_plugin.quant.recipe import register_parts
 from qsr_plugin.quant.surgery import policies
-from qsr_plugin.report.tables import write_json
+from qsr_plugin.report.result_io import write_results
+from qsr_plugin.report.result_schema import Result, ResultTable, package_versions
 
 console = Console(highlight=False)
 CANDIDATES = (4, 6, 8)
@@ -137,6 +138,13 @@ def to_table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def result_of(row: dict[str, Any]) -> Result:
+    """A row of the result file; the times are its details."""
+    label = " ".join(row[name] for name in ("network", "bits", "run") if name in row)
+    told = {"note": row.get("failed", ""), "versions": package_versions()}
+    return Result(label=label, method=row["network"], details=row, **told)
+
+
 def main(
     quantizers: Annotated[str, typer.Option(help="Quantizers, separated by commas.")] = "pams,asymmetric,rlq",
     methods: Annotated[
@@ -182,7 +190,7 @@ def main(
     console.print(to_table(rows, f"mixed bits / one width, {backbone}, batch {batch} x {size} x {size}, {where}"))
     if json is not None:
         work = {"backbone": options, "batch": batch, "lq_size": size, "groups": groups, "threads": threads}
-        write_json({"workload": work, "device": where, "torch": torch.__version__, "rows": rows}, json)
+        write_results(ResultTable(rows=tuple(map(result_of, rows)), settings={"workload": work, "device": where}), json)
 
 
 if __name__ == "__main__":

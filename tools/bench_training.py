@@ -26,8 +26,9 @@ from rich.table import Table
 from qsr_plugin import compat
 from qsr_plugin.errors import UserError
 from qsr_plugin.progress import track
+from qsr_plugin.report.result_io import write_results
+from qsr_plugin.report.result_schema import Result, ResultTable, package_versions
 from qsr_plugin.report.tables import size as in_bytes
-from qsr_plugin.report.tables import write_json
 
 console = Console(highlight=False)
 
@@ -68,6 +69,12 @@ def to_table(rows: list[dict[str, Any]], title: str) -> Table:
         share = f"{memory / plain:.2f}" if plain else ""
         table.add_row(label, *(f"{figure:.3f}" for figure in figures), in_bytes(8 * memory), share)
     return table
+
+
+def result_of(row: dict[str, Any]) -> Result:
+    """A row of the result file; the times are its details."""
+    told = {"note": row.get("failed", ""), "peak_memory": row.get("memory"), "versions": package_versions()}
+    return Result(label=row["label"], method=row["label"].partition(" ")[0], details=row, **told)
 
 
 def main(
@@ -117,7 +124,8 @@ def main(
     title = f"training step / float step, {backbone}, batch {batch} x {size} x {size}, {device}"
     console.print(to_table(rows, title))
     if json is not None:
-        write_json({"workload": asdict(work), "device": device, "torch": torch.__version__, "rows": rows}, json)
+        shared = {"workload": asdict(work), "device": device}
+        write_results(ResultTable(rows=tuple(map(result_of, rows)), settings=shared), json)
         console.print(f"wrote {json}", soft_wrap=True)
 
 

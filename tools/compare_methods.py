@@ -41,7 +41,8 @@ from qsr_plugin.errors import UserError
 from qsr_plugin.report import comparison
 from qsr_plugin.report.comparison import Row
 from qsr_plugin.report.plots import gain_plot, tradeoff_plot
-from qsr_plugin.report.tables import write_json
+from qsr_plugin.report.result_io import write_results
+from qsr_plugin.report.result_schema import Result, ResultTable
 
 console = Console(highlight=False)
 _DEFAULT_TEST = "Set5=datasets/Set5/HR:datasets/Set5/LRbicx4"
@@ -70,9 +71,10 @@ def progress(runs: int, iters: int) -> Iterator[tuple[Progress, int]]:
         yield bar, bar.add_task("starting", total=runs * iters)
 
 
-def write_report(rows: list[Row], settings: dict[str, object], out: Path, heading: str) -> None:
-    """Tables and plots of what there is so far."""
-    write_json({"settings": settings, "rows": [row.to_dict() for row in rows]}, out / "comparison.json")
+def write_report(results: list[Result], settings: dict[str, object], out: Path, heading: str) -> list[Row]:
+    """Tables and plots of what there is so far; the rows they show."""
+    write_results(ResultTable(rows=tuple(results), settings=settings), out / "comparison.json")
+    rows = [Row.of(result) for result in results]
     for name, text in (("md", comparison.to_markdown(rows, heading)), ("csv", comparison.to_csv(rows))):
         write_atomically(out / f"comparison.{name}", lambda path, text=text: path.write_text(text, "utf-8"))
     first = next(iter(settings["tests"]))
@@ -80,6 +82,7 @@ def write_report(rows: list[Row], settings: dict[str, object], out: Path, headin
     tradeoff_plot(points, "bitops", "psnr", out / "tradeoff.png", title=f"{first}: {heading}")
     if any(point["start"] for point in points):
         gain_plot(points, "psnr", out / "gain.png", title=f"{first}: {heading}")
+    return rows
 
 
 def main(
@@ -161,14 +164,12 @@ def compare(runs, settings, jobs: list[tuple[str, str]], out: Path, heading: str
                 rows = runs.run_method(settings, method, width, span, out, device, watch)
                 kept[method, width] = rows
                 bar.update(task, completed=(number + 1) * settings.iters)
-                bar.console.print(told(rows[0]), markup=False, soft_wrap=True)
+                bar.console.print(told(Row.of(rows[0])), markup=False, soft_wrap=True)
                 write_report(ordered(reference, kept), shared, out, heading)
-    rows = ordered(reference, kept)
-    write_report(rows, shared, out, heading)
-    return rows
+    return write_report(ordered(reference, kept), shared, out, heading)
 
 
-def ordered(reference: list[Row], kept: dict[tuple[str, str], Optional[list[Row]]]) -> list[Row]:
+def ordered(reference: list[Result], kept: dict[tuple[str, str], Optional[list[Result]]]) -> list[Result]:
     """The float row and all rows there are."""
     return [*reference, *(row for rows in kept.values() for row in rows or [])]
 

@@ -121,7 +121,9 @@ def report(results: Results) -> None:
     """The table, the pictures, and where everything is."""
     from qsr_plugin.report.crops import save_crops
     from qsr_plugin.report.evaluate import super_resolve
-    from qsr_plugin.report.tables import results_table, write_json
+    from qsr_plugin.report.result_io import write_results
+    from qsr_plugin.report.result_schema import ResultTable
+    from qsr_plugin.report.tables import results_table
 
     folders, bicubic = results.folders, demo.Bicubic()
     table = results_table(results.rows, title=f"{len(demo.TEST_PHOTOS)} test photos, x{demo.SCALE}")
@@ -133,15 +135,23 @@ def report(results: Results) -> None:
         images = {label: super_resolve(net, lr) for label, net in {"bicubic": bicubic, **results.nets}.items()}
         box = demo.TEST_PHOTOS[path.stem]
         save_crops(folders.pictures / path.name, read_rgb(path), images, demo.SCALE, box=box)
-    rows = results.rows.items()
-    figures = {label: {"complexity": cost.to_dict(), "scores": score.to_dict()} for label, (cost, score) in rows}
-    write_json(figures, folders.root / "results.json")
+    rows = tuple(result_of(label, results.nets[label], *figures) for label, figures in results.rows.items())
+    write_results(ResultTable(rows=rows), folders.root / "results.json")
     console.print(table)
     console.print(
         "Quantized are the residual blocks; 'full' adds the rest, first, upsampling and last layers at 8 bits."
     )
     console.print("PAMS also quantizes the path around each block, which the others leave float.")
     console.print("FAB: mean bits of the block activations. Size: with weights packed.")
+
+
+def result_of(label: str, net: nn.Module, costs: Any, score: Any) -> Any:
+    """A network of the table as a result."""
+    from qsr_plugin.report.result_schema import Costs, Quality, Result, described, of_backbone, package_versions
+
+    said = described(net.recipe) if hasattr(net, "recipe") else {}
+    said |= {"label": label, **of_backbone(net.backbone_options), "versions": package_versions()}
+    return Result(**said, quality={"photos": Quality.of(score, costs.bitops)}, costs=Costs.of(costs))
 
 
 def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:

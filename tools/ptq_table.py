@@ -31,7 +31,8 @@ from qsr_plugin.ptq_row import Crops
 from qsr_plugin.quantize_cli import SeveralTests
 from qsr_plugin.report.complexity_types import DEFAULT_SIZE
 from qsr_plugin.report.ptq_plot import ptq_plot
-from qsr_plugin.report.ptq_rows import FLOAT, PtqRow, in_seconds, networks_of, tests_of, to_html, to_table
+from qsr_plugin.report.ptq_rows import PtqRow, in_seconds, networks_of, tests_of, to_html, to_table
+from qsr_plugin.report.result_schema import FLOAT
 from qsr_plugin.report_cli import set_name
 
 console = Console(highlight=False)

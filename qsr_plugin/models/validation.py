@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from basicsr.utils import get_root_logger
+from torch import nn
 
 from qsr_plugin.data.patches import PatchOptions
 from qsr_plugin.errors import suggest
+from qsr_plugin.models.validation_results import costs_of, quality_of, write_validation
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.depth import set_depth
 from qsr_plugin.quant.surgery import policies
 from qsr_plugin.report.fab import BitStatistics, BitTally
 from qsr_plugin.report.patch_bits import run_and_observe
+from qsr_plugin.report.result_schema import Costs, Quality
 
 _LINE = 110  # letters
 #: What is read here from ``val``, and how alike a key must be, from 0 to 1, to be taken for a slip of it.
@@ -30,12 +33,14 @@ class Validation:
         # Read before anything is built, so that a wrong key is told now and not hours later.
         refuse_misspelt(opt.get("val") or {})
         self._patches = PatchOptions.read((opt.get("val") or {}).get("patches"))
-        self._tally = BitTally()
+        self._tally, self._images = BitTally(), 0
+        self._quality: dict[str, Quality] = {}
+        self._costs: Costs | None = None
         super().__init__(opt)
 
     def validation(self, dataloader, current_iter: int, tb_logger, save_img: bool = False) -> None:
         """Validate as the host does, with random states left as they were, and log bits and ranges."""
-        self._tally = BitTally()
+        self._tally, self._images = BitTally(), 0
         self.net.drop_pairs()  # a whole image's would take many times a training step's memory
         with torch.random.fork_rng():
             super().validation(dataloader, current_iter, tb_logger, save_img)
@@ -53,13 +58,13 @@ class Validation:
         cut, depth = {} if self._patches is None else self._patches.model_dump(), self.opt["val"].get("depth")
         if depth:
             set_depth(net, depth)
-        fixed = all(len(policy.candidates) == 1 for _, policy in policies(net))
-        self.output, parts = run_and_observe(net, self.lq, self.opt["scale"], **cut, may_shrink=fixed)
+        self.output, parts = run_and_observe(net, self.lq, self.opt["scale"], **cut, may_shrink=_fixed(net))
         if depth:
             set_depth(net, None)
         images = [[part] for part in parts] if self._patches is None else [parts]
         for image in images:
-            self._tally.add([part.bits for part in image])
+            self._tally.add([part.bits for part in image], [part.others for part in image])
+        self._images += len(images)
 
     def _log_validation_metric_values(self, current_iter: int, dataset_name: str, tb_logger) -> None:
         super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
@@ -71,6 +76,22 @@ class Validation:
             tb_logger.add_scalar(f"metrics/{dataset_name}/fab", bits.fab, current_iter)
             for width, share in bits.shares.items() if bits.varies else ():
                 tb_logger.add_scalar(f"metrics/{dataset_name}/share_of_{width}_bits", share, current_iter)
+        self._write_results(current_iter, dataset_name, bits)
+
+    def _write_results(self, current_iter: int | str, dataset_name: str, bits: BitStatistics) -> None:
+        """``results.json``: the last scores on every data set, and the costs with the bits chosen on the first."""
+        quality = quality_of(self.opt, self.metric_results, bits, self._images, self._patches)
+        if quality is None:
+            return
+        self._quality[dataset_name] = quality
+        net, depth = getattr(self, "net_g_ema", self.net), self.opt["val"].get("depth")
+        if self._costs is None or (dataset_name == next(iter(self._quality)) and not _fixed(net)):
+            if depth:
+                set_depth(net, depth)
+            self._costs = costs_of(net, bits, self._patches)
+            if depth:
+                set_depth(net, None)
+        write_validation(self.opt, net, self._quality, self._costs, current_iter)
 
     def log_ranges(self, current_iter: int, tb_logger) -> None:
         """The ranges at the last logged training step: one line each in the log, one scalar each in TensorBoard."""
@@ -82,6 +103,11 @@ class Validation:
             for name, value in statistics.scalars().items():
                 tb_logger.add_scalar(name, value, current_iter)
         self.range_statistics = None
+
+
+def _fixed(net: nn.Module) -> bool:
+    """Whether no bits depend on the image."""
+    return all(len(policy.candidates) == 1 for _, policy in policies(net))
 
 
 def refuse_misspelt(val: Mapping[str, Any]) -> None:

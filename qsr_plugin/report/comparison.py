@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
+from qsr_plugin.report.result_schema import FLOAT, Quality, Result
 from qsr_plugin.report.tables import quantity, size
 
 
@@ -57,15 +58,27 @@ class Row:
         """Time of a training iteration, relative to the float network's."""
         return self.seconds / self.float_seconds if self.seconds and self.float_seconds else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; ``Row(**data)`` reads it back."""
-        return asdict(self)
+    @classmethod
+    def of(cls, result: Result) -> Row:
+        """What a table shows of a result."""
+        start, end = _scores(result.before), _scores(result.quality)
+        costs = (None, None, None)
+        if result.costs is not None:
+            costs = result.costs.fab, result.costs.bitops, result.costs.storage_bits
+        took = result.training
+        times = () if took is None else (took.seconds, took.float_seconds, took.iterations)
+        named = (result.label, result.method, result.bits or FLOAT, result.placement)
+        return cls(*named, start, end, *costs, *times, note=result.note)
 
     def points(self, test: str) -> dict[str, Any]:
         """Figures of one test set under the names that :mod:`qsr_plugin.report.plots` knows."""
         before, after = self.start.get(test, {}), self.end.get(test) or self.start.get(test, {})
         costs = {"fab": self.fab, "bitops": self.bitops, "storage_bits": self.storage_bits, "cost": self.cost}
         return {"label": self.label, "bits": self.bits, "method": self.method, "start": before, **after, **costs}
+
+
+def _scores(quality: Mapping[str, Quality]) -> dict[str, dict[str, float]]:
+    return {name: {"psnr": one.psnr, "ssim": one.ssim} for name, one in quality.items()}
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

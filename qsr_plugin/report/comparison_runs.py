@@ -6,13 +6,11 @@ how schedules are shortened is in :mod:`qsr_plugin.report.comparison_options`.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from qsr_plugin.data.calibration_set import calibration_batches
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.depth import slim, trained_depths
 from qsr_plugin.quant.recipe import load_recipe
-from qsr_plugin.report.comparison import Row
 from qsr_plugin.report.comparison_options import (
     COMMON_PLACEMENT,
     ComparisonError,
@@ -37,8 +34,18 @@ from qsr_plugin.report.comparison_options import (
 )
 from qsr_plugin.report.complexity import complexity
 from qsr_plugin.report.evaluate import evaluate
+from qsr_plugin.report.result_io import ResultError, read_table, write_results
+from qsr_plugin.report.result_schema import (
+    FLOAT,
+    Costs,
+    Quality,
+    Result,
+    ResultTable,
+    Training,
+    of_backbone,
+    package_versions,
+)
 from qsr_plugin.report.shortening import median_span
-from qsr_plugin.report.tables import write_json
 from qsr_plugin.watched_run import Step, TrainingError, train
 
 _FLOAT_ITERS = 40  # to time the float network
@@ -46,7 +53,7 @@ _FLOAT_LINES = 8  # of its log, at least
 _RANGES = "percentile"  # recipe that tells how wide ranges are: quantiles of 1 and 99 %
 
 Watch = Callable[[Step], None]
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, Quality]
 
 
 def time_float(settings: Settings, folder: Path) -> float:
@@ -89,19 +96,23 @@ def _timed(options: dict[str, Any], folder: Path, watch: Watch) -> tuple[Path, f
     return path, statistics.median(seconds)
 
 
-def float_row(settings: Settings, device: torch.device) -> Row:
+def float_row(settings: Settings, device: torch.device) -> Result:
     """Scores and cost of the float network."""
     options = shared_options(settings)
     net = build_backbone(options["network_g"]["backbone"])
     load_float_weights(net, settings.weights)
     costs = complexity(net)
-    return Row(
-        "float", "float", "float", end=_scores(net.to(device), settings, options["scale"]), fab=costs.fab,
-        bitops=costs.bitops, storage_bits=costs.storage_bits,
-    )  # fmt: skip
+    scores = _scores(net.to(device), settings, options["scale"])
+    return Result(label=FLOAT, quality=scores, costs=Costs.of(costs, sites=False), **_shared(settings, options))
 
 
-def reference(settings: Settings, out: Path, device: torch.device) -> tuple[list[Row], float]:
+def _shared(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What all rows have in common, as keywords of a result."""
+    told = {"network": Path(settings.backbone).stem, "weights": str(settings.weights), "seed": settings.seed}
+    return {**told, **of_backbone(options["network_g"]["backbone"]), "versions": package_versions()}
+
+
+def reference(settings: Settings, out: Path, device: torch.device) -> tuple[list[Result], float]:
     """Row and span of the float network, see :func:`float_span`; made once in a comparison, then kept in ``results``.
 
     Args:
@@ -114,7 +125,7 @@ def reference(settings: Settings, out: Path, device: torch.device) -> tuple[list
     """
     path = out / "results" / "float.json"
     rows = kept_rows(settings.to_dict(), path)
-    span = None if rows is None else json.loads(path.read_text("utf-8")).get("span")
+    span = None if rows is None else read_table(path).details.get("span")
     if span is None:
         rows, span = [float_row(settings, device)], float_span(settings, device)
         save_rows(rows, settings.to_dict(), path, span=span)
@@ -135,7 +146,7 @@ def float_span(settings: Settings, device: torch.device) -> float:
 
 def run_method(
     settings: Settings, method: str, bits: str, span: float, out: Path, device: torch.device, watch: Watch
-) -> list[Row]:
+) -> list[Result]:
     """Calibrate, score, train and score again.
 
     The float network is timed right before the training, because a busy machine does not stay as busy.
@@ -154,28 +165,36 @@ def run_method(
         why, which is not kept.
     """
     name, slug = f"{Path(method).stem} {bits}", run_name(method, bits)
-    row = Row(name, Path(method).stem, bits, iterations=settings.iters)
+    row = Result(label=name, method=Path(method).stem, bits=bits, training=Training(iterations=settings.iters))
     try:
         options = training_options(settings, method, bits, span)
-        row = replace(row, placement=options["network_g"]["recipe"]["placement"])
+        recipe = options["network_g"]["recipe"]
+        known = {"placement": recipe["placement"], "recipe": recipe, **_shared(settings, options)}
+        row = _with(row, **known)
         start = _calibrated(options, settings.weights)
         before = [(label, _scores(one, settings, options["scale"])) for label, one in _depths(start.to(device))]
-        row = replace(row, float_seconds=time_float(settings, out / "runs" / "float"))
+        plain = time_float(settings, out / "runs" / "float")
+        row = _with(row, training=Training(iterations=settings.iters, float_seconds=plain))
         path, seconds = _timed(options, out / "runs" / slug, watch)
+        row = _with(row, training=Training(iterations=settings.iters, float_seconds=plain, seconds=seconds))
         kept = out / "models" / f"{slug}.safetensors"
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, kept)
         rows, net = [], load_quantized(kept).to(device)
         for (label, one), (_, scores) in zip(_depths(net), before):
             after, costs = _scores(one, settings, options["scale"]), complexity(one)
-            figures = {"fab": costs.fab, "bitops": costs.bitops, "storage_bits": costs.storage_bits}
-            rows.append(replace(row, label=name + label, start=scores, end=after, seconds=seconds, **figures))
+            figures = {"before": scores, "quality": after, "costs": Costs.of(costs, sites=False)}
+            rows.append(_with(row, label=name + label, model=str(kept), **figures))
         save_rows(rows, _origin(settings, options), result_path(out, method, bits))
         return rows
     except TrainingError as error:
-        return [replace(row, note=error.reason)]
+        return [_with(row, note=error.reason)]
     except Exception as error:  # whatever it is, the other methods go on and the table says it
-        return [replace(row, note=f"{type(error).__name__}: {error}")]
+        return [_with(row, note=f"{type(error).__name__}: {error}")]
+
+
+def _with(row: Result, **changes: Any) -> Result:
+    return row.model_copy(update=changes)
 
 
 def _calibrated(options: dict[str, Any], weights: Path) -> nn.Module:
@@ -199,7 +218,7 @@ def _depths(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _scores(net: nn.Module, settings: Settings, scale: int) -> Scores:
     results = {name: evaluate(net, *folders, scale) for name, folders in settings.tests.items()}
-    return {name: {"psnr": result.psnr, "ssim": result.ssim} for name, result in results.items()}
+    return {name: Quality.of(result, by_image=False) for name, result in results.items()}
 
 
 # -- what earlier calls left ------------------------------------------------------------------------------------------
@@ -210,12 +229,12 @@ def result_path(out: Path, method: str, bits: str) -> Path:
     return out / "results" / f"{run_name(method, bits)}.json"
 
 
-def save_rows(rows: list[Row], origin: Mapping[str, Any], path: Path, **more: Any) -> None:
+def save_rows(rows: list[Result], origin: Mapping[str, Any], path: Path, **more: Any) -> None:
     """Keep rows with what they were made from, and more that belongs to them."""
-    write_json({"settings": dict(origin), "rows": [row.to_dict() for row in rows], **more}, path)
+    write_results(ResultTable(rows=tuple(rows), settings=dict(origin), details=more), path)
 
 
-def kept_method(settings: Settings, method: str, bits: str, span: float, out: Path) -> list[Row] | None:
+def kept_method(settings: Settings, method: str, bits: str, span: float, out: Path) -> list[Result] | None:
     """Rows of a training of an earlier call, or ``None``; arguments as for :func:`run_method`.
 
     Raises:
@@ -227,7 +246,7 @@ def kept_method(settings: Settings, method: str, bits: str, span: float, out: Pa
     return kept_rows(_origin(settings, training_options(settings, method, bits, span)), path)
 
 
-def kept_rows(origin: Mapping[str, Any], path: Path) -> list[Row] | None:
+def kept_rows(origin: Mapping[str, Any], path: Path) -> list[Result] | None:
     """Rows of an earlier call, or ``None``.
 
     Args:
@@ -235,16 +254,19 @@ def kept_rows(origin: Mapping[str, Any], path: Path) -> list[Row] | None:
         path: Where they would be.
 
     Raises:
-        ComparisonError: If they were made from anything else.
+        ComparisonError: If they were made from anything else, or the file holds no results.
     """
     if not path.is_file():
         return None
-    data = json.loads(path.read_text("utf-8"))
-    if changed := list(_differences(data["settings"], dict(origin))):
+    try:
+        table = read_table(path)
+    except ResultError as error:
+        raise ComparisonError(f"{error}. Give another folder with -o, or remove the file.") from None
+    if changed := list(_differences(table.settings, dict(origin))):
         raise ComparisonError(
             f"{path} was made with other settings ({'; '.join(changed)}). Give those, or another folder with -o."
         )
-    return [Row(**row) for row in data["rows"]]
+    return list(table.rows)
 
 
 def _origin(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from qsr_plugin.report.plots import check_ending, save_figure
-from qsr_plugin.report.ptq_rows import FLOAT, PtqRow, in_seconds
+from qsr_plugin.report.ptq_rows import PtqRow, in_seconds
+from qsr_plugin.report.result_schema import FLOAT
 
 _COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("o", "s", "^", "D")
 _PANEL, _LINE, _EDGES = 3.3, 0.4, 1.2  # inches: width of a panel, height of a method with one placement, title and axis

@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qsr_plugin.report.result_schema import FLOAT, Result
 from qsr_plugin.report.tables import quantity, size
 
-#: Method of the row that others are compared with.
-FLOAT = "float"
 _WIDE = 250  # columns of a page
+_COSTS = ("fab", "bitops", "storage_bits")
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,17 @@ class PtqRow:
         """Seconds in all."""
         return sum(self.seconds.values()) if self.seconds else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; :meth:`read` reads it back."""
-        return asdict(self)
-
     @classmethod
-    def read(cls, data: Mapping[str, Any]) -> PtqRow:
-        """A row from plain data; what else there is, is left alone."""
-        known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
-        return cls(**{**known, "fragile": tuple(known.get("fragile", ()))})
+    def of(cls, result: Result) -> PtqRow:
+        """What a table shows of a result."""
+        quality = result.quality
+        scores = {name: {"psnr": one.psnr, "ssim": one.ssim, "fab": one.fab} for name, one in quality.items()}
+        costs = {} if result.costs is None else {name: getattr(result.costs, name) for name in _COSTS}
+        if quality:
+            costs["fab"] = next(iter(quality.values())).fab
+        same = {name: getattr(result, name) for name in ("network", "method", "bits", "placement", "seconds", "note")}
+        fragile = tuple(result.details.get("fragile", ()))
+        return cls(**same, **costs, scores=scores, memory=result.peak_memory, fragile=fragile)
 
 
 def networks_of(rows: Iterable[PtqRow]) -> dict[str, list[PtqRow]]:

@@ -1,8 +1,7 @@
-"""Reads what ``qsr quantize``, ``qsr report --json`` and ``tools/compare_methods.py`` wrote, as points of a plot."""
+"""Networks of result files as points of a plot: quality over cost."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qsr_plugin.errors import UserError, suggest
-from qsr_plugin.report.complexity_types import DEFAULT_SIZE
+from qsr_plugin.errors import suggest
+from qsr_plugin.report.result_io import ResultError, read_results
+from qsr_plugin.report.result_schema import FLOAT, Result
 
-FLOAT = "float"
-#: Figures a point may have beside its PSNR: the key in the files.
+#: Figures a point may have beside its PSNR: the key in the costs.
 FIGURES = ("fab", "bitops", "storage_bits")
 _LONG = 3  # networks in a series from which on their labels are shortened
-_WAY = ("macs-bits", DEFAULT_SIZE)  # how comparisons count, which do not say it
-
-
-class ResultError(UserError, ValueError):
-    """A result file that cannot be drawn; the message names the file and what is missing."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +26,10 @@ class Point:
         file: Where it was read.
         label: What to call the network.
         family: What networks have in common that differ in a setting only; the label but for its last word.
-        test: Name of the test set; empty where the file does not say.
+        test: Name of the test set.
         figures: ``psnr`` (dB), and of :data:`FIGURES` what the file has.
         adaptive: Whether it used more than one bit width.
-        way: BitOPs convention and (height, width) they were counted at.
+        way: Convention of the BitOPs and (height, width) they were counted at; ``None`` without costs.
     """
 
     file: Path
@@ -44,92 +38,53 @@ class Point:
     test: str
     figures: Mapping[str, float]
     adaptive: bool
-    way: tuple[str, tuple[int, int]]
+    way: tuple[str, tuple[int, int]] | None
 
 
 def read_points(path: Path) -> list[Point]:
-    """All networks on all test sets of one file; rows of trainings that failed are left out.
+    """All networks on all test sets of one file; rows without scores are left out.
+
+    A file with several float networks, or several placements, has them in its labels.
 
     Raises:
-        ResultError: If the file is missing, no JSON, of another kind, or lacks a key.
+        ResultError: If :func:`~qsr_plugin.report.result_io.read_results` cannot use the file, or it has no score.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ResultError(f"{path} cannot be read ({error.strerror}): give a JSON file with results") from None
-    except ValueError as error:
-        raise ResultError(f"{path} is no JSON ({error}): give a file that a command wrote with its results") from None
-    readers = {"rows": _of_comparison, "complexity": _of_quantize, "scores": _of_report}
-    kind = next((key for key in readers if isinstance(data, Mapping) and key in data), None)
-    if kind is None:
-        found = f"the keys {', '.join(list(data)[:8])}" if isinstance(data, Mapping) else type(data).__name__
-        raise ResultError(
-            f"{path}: expected 'rows' (of tools/compare_methods.py), 'complexity' (of qsr quantize) or 'scores' (of "
-            f"qsr report --json), found {found}"
-        )
-    points = list(readers[kind](path, data))
+    results = [result for result in read_results(path) if result.scores]
+    points = [point for result, label in zip(results, _labels(results)) for point in _points(path, result, label)]
     if not points:
         raise ResultError(f"{path} holds no scores on a test set: run the command with --test HR_FOLDER LR_FOLDER")
     return points
 
 
-def _of_comparison(path: Path, data: Mapping[str, Any]) -> Iterator[Point]:
-    for number, row in enumerate(data["rows"]):
-        where = f"rows[{number}]"
-        label, scores = _key(path, row, "label", where), _key(path, row, "end", where) or row.get("start")
-        for test, score in (scores or {}).items():
-            yield _point(path, label, test, score, row, f"{where}.{test}", _WAY)
+def _labels(results: Sequence[Result]) -> Iterator[str]:
+    """Labels with what else tells the networks of one file apart, before the bits, which are their last word."""
+    quantized = [result for result in results if result.method != FLOAT]
+    several = [name for name in ("network", "placement") if len({getattr(one, name) for one in quantized}) > 1]
+    often = Counter(result.label for result in quantized)
+    for result in results:
+        apart = [getattr(result, name) for name in several] if often[result.label] > 1 else []
+        yield " ".join(filter(None, [*apart, result.label]))
 
 
-def _of_quantize(path: Path, data: Mapping[str, Any]) -> Iterator[Point]:
-    costs = data["complexity"]
-    for label, entry in data.items():
-        if label == "complexity" or not isinstance(entry, Mapping):
-            continue
-        scores = {entry.get("set", ""): entry} if "psnr" in entry else entry  # before, one set had no name
-        for test, score in scores.items():
-            if isinstance(score, Mapping) and "psnr" in score:
-                yield _point(path, label, test, score, {} if label == FLOAT else costs, f"{label}.{test}", _way(costs))
-
-
-def _of_report(path: Path, data: Mapping[str, Any]) -> Iterator[Point]:
-    label = _key(path, data, "method", "the report")
-    for test, score in data["scores"].items():
-        yield _point(path, label, test, score, data, f"scores.{test}", _way(data))
-
-
-def _point(
-    path: Path, label: str, test: str, score: Mapping[str, Any], costs: Mapping[str, Any], where: str, way: tuple
-) -> Point:
-    figures = {"psnr": _key(path, score, "psnr", where.rstrip("."))}
-    for name in FIGURES:  # those on this set, if the file has them
-        value = score.get(name, costs.get(name))
-        if value is not None:
-            figures[name] = value
-    for name, value in figures.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ResultError(f"{path}: {name} of {label} is {value!r}, expected a finite number")
-    widths = (score.get("bits") or {}).get("shares", ())
-    adaptive = label != FLOAT and (len(widths) > 1 or not float(figures.get("fab", 0)).is_integer())
-    return Point(path, label, label.rpartition(" ")[0] or label, test, figures, adaptive, way)
-
-
-def _way(costs: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
-    return costs.get("convention", _WAY[0]), tuple(costs.get("input_size", DEFAULT_SIZE))
-
-
-def _key(path: Path, data: Mapping[str, Any], key: str, where: str) -> Any:
-    if not isinstance(data, Mapping) or key not in data:
-        found = ", ".join(data) if isinstance(data, Mapping) else type(data).__name__
-        raise ResultError(f"{path}: {where} has no '{key}', found {found or 'nothing'}")
-    return data[key]
+def _points(path: Path, result: Result, label: str) -> Iterator[Point]:
+    for test, quality in result.scores.items():
+        costs = {} if result.costs is None else {name: getattr(result.costs, name) for name in FIGURES}
+        own = {"psnr": quality.psnr, "fab": quality.fab, "bitops": quality.bitops}  # those on this set go first
+        figures = {name: value for part in (costs, own) for name, value in part.items() if value is not None}
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise ResultError(f"{path}: {name} of {label} is {value}, expected a finite number")
+        mixed = quality.bits is not None and quality.bits.varies
+        adaptive = result.method != FLOAT and (mixed or not float(figures.get("fab", 0)).is_integer())
+        way = None if result.costs is None else (result.costs.convention, result.costs.input_size)
+        yield Point(path, label, label.rpartition(" ")[0] or label, test, figures, adaptive, way)
 
 
 # -- choosing what to draw --------------------------------------------------------------------------------------------
 
 
 def choose_set(points: Sequence[Point], wanted: str | None = None) -> list[Point]:
-    """The points on one test set. Those of a file that names none are taken to be of any.
+    """The points on one test set.
 
     Args:
         points: Of all files.
@@ -141,16 +96,16 @@ def choose_set(points: Sequence[Point], wanted: str | None = None) -> list[Point
     by_file: dict[Path, list[str]] = {}
     for point in points:
         by_file.setdefault(point.file, []).append(point.test)
-    named = [tests for tests in by_file.values() if any(tests)]
-    if wanted is None and named:
-        wanted = next((test for test in named[0] if all(test in tests for tests in named)), None)
+    first = next(iter(by_file.values()))
+    if wanted is None:
+        wanted = next((test for test in first if all(test in tests for tests in by_file.values())), None)
         if wanted is None:
             have = "; ".join(f"{path}: {', '.join(dict.fromkeys(tests))}" for path, tests in by_file.items())
             raise ResultError(f"no test set is in all files; choose one with --set. They have: {have}")
-    known = dict.fromkeys(test for tests in named for test in tests)
-    if named and wanted not in known:
+    known = dict.fromkeys(point.test for point in points)
+    if wanted not in known:
         raise ResultError(f"no result on '{wanted}'. {suggest(wanted, known)}")
-    return [point for point in points if point.test in ("", wanted)]
+    return [point for point in points if point.test == wanted]
 
 
 def rename(points: Sequence[Point], label: str) -> list[Point]:

@@ -56,6 +56,7 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
     quantized = [row for row in report.sites if row.quantized]
     share = sum(row.macs for row in quantized) / report.macs if report.macs else 0.0
     running, stored = report.blocks or (0, 0)
+    unit = CONVENTIONS[report.convention].unit
     rows = {"Blocks": f"{running} of {stored} run"} if stored else {}
     rows |= {
         "Parameters": f"{report.parameters:,}",
@@ -63,8 +64,9 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
         "FAB": known(report.fab, "{:.2f} bits"),
         "FAB weighted by MACs": known(report.weighted_fab, "{:.2f} bits"),
-        "BitOPs": operations(report.bitops),
-        "BitOPs of quantized layers": operations(report.bitops_quantized),
+        unit: operations(report.bitops),
+        f"{unit} of quantized layers": operations(report.bitops_quantized),
+        f"Params by '{report.convention}'": quantity(report.scaled_parameters),
         **({"Ranges found at run time": f"{quantity(report.overhead)} float operations"} if report.overhead else {}),
         **({"Choosing bits": f"{quantity(report.policy_ops)} float operations"} if report.policy_ops else {}),
         "Size" if running == stored else f"Size of all {stored} blocks": size(report.storage_bits),
@@ -90,7 +92,7 @@ def depth_table(reports: Iterable[ComplexityReport]) -> Table:
     """
     reports = list(reports)
     table = Table(title=f"{reports[0].network}, {reports[0].method}, by depth", caption=counted_at(reports[0]))
-    for heading in ("Blocks", "MACs", "BitOPs", "FAB", "Size if slimmed"):
+    for heading in ("Blocks", "MACs", CONVENTIONS[reports[0].convention].unit, "FAB", "Size if slimmed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
         costs = quantity(report.macs), operations(report.bitops), known(report.fab, "{:.2f}")
@@ -160,8 +162,8 @@ def size(bits: int) -> str:
 def counted_at(report: ComplexityReport) -> str:
     """At what size and by which convention costs were counted."""
     height, width = report.input_size
-    text = CONVENTIONS[report.convention].text
-    counted = f"BitOPs '{report.convention}': {text}"
+    rule = CONVENTIONS[report.convention]
+    counted = f"{rule.unit} '{report.convention}': {rule.stated}"
     cut = "" if report.patches is None else f", in {protocol(report.patches)}"
     return f"Per image of {height}x{width} (LR height x width){cut}. {counted}. 1 MB is 10^6 bytes."
 

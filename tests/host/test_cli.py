@@ -44,7 +44,7 @@ def test_quantize_writes_a_network_and_its_costs(quantized: tuple[Path, str]) ->
     out, said = quantized
     assert "loaded 42 of 42 keys" in said and "calibrated" in said and "5 image(s)" in said
     figures = json.loads(out.with_suffix(".json").read_text())
-    assert figures["complexity"]["fab"] == 6 and figures["complexity"]["method"] == "percentile W4A6"
+    assert figures["costs"]["fab"] == 6 and figures["label"] == "percentile W4A6"
     net = load_quantized(out)
     with torch.no_grad():
         net(torch.rand(1, 3, 8, 8))
@@ -55,7 +55,7 @@ def test_report_of_a_network_and_of_option_files(quantized: tuple[Path, str], ph
     out, _ = quantized
     said = qsr(tmp_path, "report", out, "--sites", "--size", "90x160", "--json", "r.json")
     assert "body.0.conv1" in said and "6.00 bits" in said
-    assert json.loads((tmp_path / "r.json").read_text())["input_size"] == [90, 160]
+    assert json.loads((tmp_path / "r.json").read_text())["costs"]["input_size"] == [90, 160]
     file = tmp_path / "pams.yml"
     file.write_text('_base_: ["qsr:train/pams/edsr_small_x4_w4a4.yml"]\n')
     assert "pams W4A4" in qsr(tmp_path, "report", file)
@@ -80,13 +80,14 @@ def test_report_of_a_network_with_depth(with_depth: Path, tmp_path: Path) -> Non
     said = qsr(tmp_path, "report", with_depth, "--json", "all.json")
     assert "8 of 8 run" in said and "Size if slimmed" in said
     full = json.loads((tmp_path / "all.json").read_text())
-    assert [one["blocks"] for one in full["depths"]] == [[8, 8], [4, 4], [2, 2]]
+    assert [one["blocks"] for one in full["details"]["depths"]] == [[8, 8], [4, 4], [2, 2]]
     said = qsr(tmp_path, "report", with_depth, "--depth", "4", "--json", "half.json")
     assert "4 of 8 run" in said and "Size of all 8 blocks" in said and "Size if slimmed" not in said
     half = json.loads((tmp_path / "half.json").read_text())
-    assert half["macs"] == full["depths"][1]["macs"] < full["macs"]
-    assert half["storage_bits"] == full["storage_bits"] > full["depths"][1]["storage_bits"]
-    assert "depths" not in half
+    slimmed, costs = full["details"]["depths"][1], full["costs"]
+    assert half["costs"]["macs"] == slimmed["macs"] < costs["macs"]
+    assert half["costs"]["storage_bits"] == costs["storage_bits"] > slimmed["storage_bits"]
+    assert "depths" not in half["details"]
 
 
 def test_slim_writes_a_smaller_network_of_the_same_output(with_depth: Path, tmp_path: Path) -> None:
@@ -155,8 +156,8 @@ def test_srresnet_keeps_its_quality(tmp_path: Path, method: str, bits: str, loss
         data / "Set5/LRbicx4",
     )  # fmt: skip
     figures = json.loads((tmp_path / "net.json").read_text())
-    assert figures["float"]["Set5"]["psnr"] == pytest.approx(32.01, abs=0.02)
-    assert figures["float"]["Set5"]["psnr"] - figures[f"{method} {bits}"]["Set5"]["psnr"] <= loss
+    plain, quantized = (one["quality"]["Set5"]["psnr"] for one in (figures["reference"], figures))
+    assert plain == pytest.approx(32.01, abs=0.02) and plain - quantized <= loss
 
 
 @needs_data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from qsr_plugin import compat, demo, load_quantized, watched_run
 from qsr_plugin.data.images import list_images, read_rgb
 from qsr_plugin.data.resize import downscale
+from qsr_plugin.report.result_io import read_results
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 TINY = {"num_feat": 8, "num_block": 2}
@@ -118,11 +118,11 @@ def test_whole_script(
     earlier.mkdir(parents=True)
     script.main(out=out, iters=4, weights=weights)
 
-    figures = json.loads((out / "results.json").read_text())
-    fab = {label: row["scores"]["fab"] for label, row in figures.items()}
+    figures = {result.label: result.quality["photos"] for result in read_results(out / "results.json")}
+    fab = {label: quality.fab for label, quality in figures.items()}
     assert list(fab.values()) == [32, 8, 4, 4, 4, 4] and list(fab)[-1] == "PAMS W4A4, trained"
     printed = capsys.readouterr().out
-    assert all(f"{row['scores']['psnr']:.2f}" in printed for row in figures.values())
+    assert all(f"{quality.psnr:.2f}" in printed for quality in figures.values())
     assert [path.stem for path in list_images(out / "pictures")] == sorted(demo.TEST_PHOTOS)
     start, end = (load_quantized(out / "models" / f"pams_w4a4{kind}.safetensors") for kind in ("", "_trained"))
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters()))

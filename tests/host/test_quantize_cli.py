@@ -45,11 +45,12 @@ def test_calibrated_tuned_and_scored(photos: Path, tmp_path: Path) -> None:
         "ranges",
         "bits, thresholds",
     ]
-    plain, result = (figures[label][photos.parent.name] for label in ("float", "adabm W4A4MP"))
-    assert 2 <= result["fab"] <= 6 and result["fab"] == pytest.approx(figures["complexity"]["fab"], abs=1e-6)
-    assert result["bitops"] == figures["complexity"]["bitops"] < plain["bitops"]
-    assert result["storage_bits"] == figures["complexity"]["storage_bits"] < plain["storage_bits"]
-    assert len({image["fab"] for image in result["images"]} | {4.0}) > 1, "bits are not those of a fixed method"
+    assert figures["label"] == "adabm W4A4MP" and figures["reference"]["label"] == "float"
+    plain, result = (one["quality"][photos.parent.name] for one in (figures["reference"], figures))
+    assert 2 <= result["fab"] <= 6 and result["fab"] == pytest.approx(figures["costs"]["fab"], abs=1e-6)
+    assert result["bitops"] == figures["costs"]["bitops"] < plain["bitops"]
+    assert figures["costs"]["storage_bits"] < figures["reference"]["costs"]["storage_bits"]
+    assert len({image["fab"] for image in result["by_image"]} | {4.0}) > 1, "bits are not those of a fixed method"
     net = load_quantized(tmp_path / "net.safetensors")
     with torch.no_grad():
         net(torch.rand(2, 3, 8, 8))
@@ -60,7 +61,7 @@ def test_without_tuning_and_test_set(photos: Path, tmp_path: Path) -> None:
     said = quantize(tmp_path, photos, "-o", "net.safetensors", "--no-tune")
     figures = json.loads((tmp_path / "net.json").read_text())
     assert "tuned in" not in said and list(figures["seconds"]) == ["calibration", "clipping"]
-    assert figures["complexity"]["fab"] is None, "no test set was run"
+    assert figures["costs"]["fab"] is None, "no test set was run"
     assert "'adabm' chooses bits by the image: for FAB and BitOPs, give --test" in " ".join(said.split())
     quantize(tmp_path, photos, "-o", "again.safetensors", "--no-tune")
     one, other = (load_quantized(tmp_path / f"{name}.safetensors").state_dict() for name in ("net", "again"))

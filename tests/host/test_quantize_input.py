@@ -80,10 +80,12 @@ def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -
     with torch.no_grad():
         assert load_quantized("tiny_minmax_w8a8.safetensors")(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
     data = json.loads(Path("tiny_minmax_w8a8.json").read_text())
-    assert data["scale"] == 2 and data["seed"] == 0 and data["network"]["source"] == "recognised"
-    assert sorted(data["calibration"]["images"]) == ["photo0.png", "photo1.png", "photo2.png"]
+    assert data["scale"] == 2 and data["seed"] == 0 and data["details"]["source"] == "recognised"
+    assert sorted(data["calibration"]["names"]) == ["photo0.png", "photo1.png", "photo2.png"]
     assert data["recipe"]["method"] == "minmax" and data["versions"]["torch"] == torch.__version__
-    assert [group["bits"] for group in data["layers"]] == ["W8A8", "float"] and data["seconds"]["calibration"] > 0
+    assert [group["bits"] for group in data["details"]["layers"]] == ["W8A8", "float"] and data["seconds"][
+        "calibration"
+    ] > 0
     page = Path("tiny_minmax_w8a8.html").read_text()
     assert "calibration image 3" in page and "photo0.png" in page and page.count("data:image/png;base64,") == 3 * 4
 
@@ -101,17 +103,18 @@ def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Pat
     said = qsr(weights, "--photos", photos, "--test", *one, "--test", *other, "-o", "net.safetensors")
     assert "testing float on One" in said and "testing minmax W8A8 on Other" in said
     data = json.loads(Path("net.json").read_text())
-    assert list(data["float"]) == list(data["minmax W8A8"]) == ["One", "Other"]
-    assert data["float"]["One"]["psnr"] == data["float"]["Other"]["psnr"]
+    plain = data["reference"]["quality"]
+    assert list(plain) == list(data["quality"]) == ["One", "Other"]
+    assert plain["One"]["psnr"] == plain["Other"]["psnr"]
     page = Path("net.html").read_text()
     assert page.count("original (HR)") == 2 * 3, "below and as the text of three pictures"
     assert {(point.label, point.test) for point in read_points(Path("net.json"))} == {
         (label, name) for label in ("float", "minmax W8A8") for name in ("One", "Other")
     }
     qsr(weights, "--photos", photos, "--test", *one, "--test", *reversed((one[1], one[0])), "-o", "two.safetensors")
-    assert list(json.loads(Path("two.json").read_text())["float"]) == ["One", "One (2)"]
+    assert list(json.loads(Path("two.json").read_text())["quality"]) == ["One", "One (2)"]
     qsr(weights, "--photos", photos, "--test", *one, "-o", "one.safetensors")
-    assert list(json.loads(Path("one.json").read_text())["float"]) == ["One"], "as with several"
+    assert list(json.loads(Path("one.json").read_text())["quality"]) == ["One"], "as with several"
 
 
 def test_a_placement_is_in_the_name(qsr: SAYS, weights: Path, photos: Path) -> None:
@@ -137,7 +140,7 @@ def test_what_ends_a_test_loses_nothing_made_before(
     )
     load_quantized("net.safetensors")
     data = json.loads(Path("net.json").read_text())
-    assert list(data["float"]) == list(data["minmax W4A4"]) == ["One"] and data["seconds"]["calibration"] > 0
+    assert list(data["reference"]["quality"]) == list(data["quality"]) == ["One"] and data["seconds"]["calibration"] > 0
 
 
 def test_a_tuning_that_diverges_ends_in_a_sentence(
@@ -203,7 +206,7 @@ def write_all_kinds(folder: Path) -> list[str]:
 def test_all_kinds_of_images(qsr: SAYS, weights: Path, tmp_path: Path, option: str) -> None:
     names = write_all_kinds(tmp_path / "kinds")
     qsr(weights, option, tmp_path / "kinds")
-    assert sorted(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["images"]) == names
+    assert sorted(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["names"]) == names
 
 
 def test_two_images_work_with_a_note(qsr: SAYS, weights: Path, photos: Path) -> None:
@@ -218,7 +221,7 @@ def test_unreadable_images_are_left_out_and_named(qsr: SAYS, weights: Path, phot
     said = qsr(weights, "--photos", photos)
     assert "broken.png: is damaged" in said and "text.jpg: is not a PNG" in said and "thin.png: is 1x9" in said
     assert f"3 image(s) of {photos} left out, 3 used" in said
-    assert len(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["images"]) == 3
+    assert len(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["names"]) == 3
 
 
 def test_no_image_that_can_be_used(qsr: SAYS, weights: Path, tmp_path: Path) -> None:

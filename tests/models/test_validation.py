@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from basicsr.models.sr_model import SRModel
@@ -10,6 +12,7 @@ from torch import nn
 from qsr_plugin.models import validation
 from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
+from qsr_plugin.report.result_io import read_results
 from tests.quant.choosers import quantized
 
 PLACES = [f"body.{block}.conv{conv}.input" for block in (0, 1) for conv in (1, 2)]
@@ -36,6 +39,13 @@ class Lines(list):
         self.append((name, round(float(value), 4), step))
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results are written."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture
 def adaptive(choosers: None, images: list[torch.Tensor]) -> nn.Module:
     """Dark images get 4 bits, medium ones 6, bright ones 8."""
@@ -44,9 +54,8 @@ def adaptive(choosers: None, images: list[torch.Tensor]) -> nn.Module:
 
 def model_of(net: nn.Module, **val: object) -> Model:
     metrics = {"psnr": {"type": "calculate_psnr", "crop_border": 0}}
-    model = Model(
-        {"val": {"metrics": metrics, **val}, "dist": False, "rank": 0, "scale": 1, "is_train": True, "name": "x"}
-    )
+    run = {"dist": False, "rank": 0, "scale": 1, "is_train": True, "name": "x", "manual_seed": 3}
+    model = Model({"val": {"metrics": metrics, **val}, **run, "path": {"experiments_root": "runs"}})
     model.net = net
     return model
 
@@ -74,6 +83,34 @@ def test_bits_are_told_once_per_validation(adaptive: nn.Module, monkeypatch: pyt
         assert " ".join(places).replace("\t", "") == ", ".join(f"{place}: 5.00" for place in PLACES)
         assert ("metrics/Set2/fab", 5.0, 7) in told
         assert ("metrics/Set2/share_of_4_bits", 0.5, 7) in told and ("metrics/Set2/share_of_6_bits", 0.5, 7) in told
+
+
+def test_results_are_written(adaptive: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last validation of a training, with costs at the bits that were chosen; a test beside its pictures."""
+    model = model_of(adaptive)
+    for _ in range(2):
+        validate(model, monkeypatch)
+    (result,) = read_results(folder / "runs" / "results.json")
+    quality = result.quality["Set2"]
+    assert (quality.fab, quality.images, quality.colour, quality.border) == (5.0, 2, "RGB", 0)
+    assert quality.psnr == pytest.approx(model.metric_results["psnr"]) and quality.ssim is None
+    assert result.costs.fab == pytest.approx(5.0) and result.costs.bitops > 0
+    assert result.training.iterations == 7 and result.seed == 3 and result.details == {"run": "x"}
+    assert result.recipe == adaptive.recipe.to_dict()
+    cut = {"size": 10, "overlap": 2, "last": "enlarge"}
+    model = model_of(adaptive, patches=cut)
+    model.opt.update(is_train=False, path={"results_root": "results", "pretrain_network_g": "net.pth"})
+    validate(model, monkeypatch)
+    (result,) = read_results(folder / "results" / "results.json")
+    assert result.quality["Set2"].patches == result.costs.patches == cut
+    assert result.model == "net.pth" and result.training is None
+
+
+def test_no_psnr_no_results(adaptive: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(adaptive)
+    model.opt["val"]["metrics"] = {"alike": {"type": "calculate_ssim", "crop_border": 0}}
+    validate(model, monkeypatch)
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("batch", [1, 16])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 
 from rich.console import Console
 
 from qsr_plugin.report.comparison import Row, to_csv, to_markdown, to_table
+from qsr_plugin.report.result_schema import Costs, Quality, Result, Training
 
 ROWS = [
     Row("float", "float", "float", end={"Set5": {"psnr": 31.2061, "ssim": 0.88026}}, fab=32.0, bitops=20.98e12, storage_bits=7454816),
@@ -62,6 +62,17 @@ def test_csv_holds_the_numbers_unrounded() -> None:
     assert failed["Set5_psnr"] == "" and failed["note"] == "iteration 7: loss l_pix is not finite"
 
 
-def test_rows_survive_json() -> None:
-    assert [Row(**json.loads(json.dumps(row.to_dict()))) for row in ROWS] == ROWS
+def test_rows_of_results() -> None:
+    """What a result says, none of what a table leaves out."""
+    shared = {"parameters": 1, "macs": 1, "convention": "macs-bits", "input_size": (180, 320)}
+    results = [
+        Result(label="float", quality={"Set5": Quality(psnr=31.2061, ssim=0.88026, fab=32)}, costs=Costs(fab=32, bitops=20.98e12, storage_bits=7454816, **shared)),
+        Result(
+            label="pams W4A4", method="pams", bits="W4A4", placement="body", before={"Set5": Quality(psnr=29.876, ssim=0.8293)},
+            quality={"Set5": Quality(psnr=30.311, ssim=0.856)}, costs=Costs(fab=4, bitops=12.42e12, storage_bits=3327328, **shared),
+            training=Training(iterations=1000, seconds=0.15, float_seconds=0.1), seed=0,
+        ),
+        Result(label="odm W4A4", method="odm", bits="W4A4", note="iteration 7: loss l_pix\nis not finite"),
+    ]  # fmt: skip
+    assert [Row.of(result) for result in results] == ROWS
     assert [row.failed for row in ROWS] == [False, False, True]

@@ -18,6 +18,8 @@ from qsr_plugin.cli import app
 from qsr_plugin.quant.image_stats import gradient_magnitudes
 from qsr_plugin.quant.policy import POLICIES, BitDecision, BitPolicy
 from qsr_plugin.quant.record import ForwardRecord
+from qsr_plugin.report.result_io import write_results
+from qsr_plugin.report.result_schema import Costs, Quality, Result
 
 
 class ByTexture(BitPolicy):
@@ -68,14 +70,15 @@ def test_bits_of_a_network(qsr, network: Path, photo: Path, tmp_path: Path) -> N
     assert "wrote bits.png, bits.svg, bits.json" in said
     assert "adaptive 6 5.00 75 % 25 % 4.00 7.00" in said
     data = json.loads((tmp_path / "bits.json").read_text())
-    (one,) = data["networks"]
+    (row,), one = data["rows"], data["rows"][0]["details"]
+    assert row["label"] == one["label"]
     assert [patch["mean"] for patch in one["patches"]] == [4, 4, 7, 4, 4, 7]
     assert one["patches"][2]["bits"] == {
         "body.0.conv1.input": 4, "body.0.conv2.input": 8, "body.1.conv1.input": 8, "body.1.conv2.input": 8,
     }  # fmt: skip
     assert (one["fab"], one["method"]) == (5.0, "EDSR, minmax W8A4/8")
     assert one["quarters"] == {"lowest": 4.0, "highest": 7.0}
-    assert data["patches"] == {"size": 8, "overlap": 0, "last": "enlarge", "batch": 16}
+    assert data["settings"]["patches"] == {"size": 8, "overlap": 0, "last": "enlarge", "batch": 16}
     with Image.open(tmp_path / "bits.png") as picture:
         picture.load()
 
@@ -110,7 +113,7 @@ def test_runs_are_named_by_their_folders(qsr, network: Path, photo: Path, tmp_pa
     )
     assert error is None, said
     assert "soft 1 7.00" in said and "hard 1 7.00" in said
-    assert [one["label"] for one in json.loads((tmp_path / "two.json").read_text())["networks"]] == ["soft", "hard"]
+    assert [one["label"] for one in json.loads((tmp_path / "two.json").read_text())["rows"]] == ["soft", "hard"]
 
 
 @pytest.mark.parametrize(
@@ -133,9 +136,10 @@ def test_mistakes_about_bits(qsr, network: Path, photo: Path, tmp_path: Path, ar
 
 def results(path: Path, psnr: float, fab: float) -> Path:
     """What ``qsr report --json`` writes, as far as it is looked at."""
-    score = {"psnr": psnr, "ssim": 0.9, "fab": fab}
-    costs = {"method": "mine W4A4", "fab": fab, "bitops": 1e9 * fab, "storage_bits": 80000}
-    path.write_text(json.dumps({**costs, "scores": {"Set5": score, "Set14": {**score, "psnr": psnr - 3}}}))
+    way = {"convention": "macs-bits", "input_size": (180, 320), "parameters": 1, "macs": 1}
+    costs = Costs(fab=fab, bitops=1e9 * fab, storage_bits=80000, **way)
+    quality = {"Set5": Quality(psnr=psnr, fab=fab), "Set14": Quality(psnr=psnr - 3, fab=fab)}
+    write_results(Result(label="mine W4A4", method="mine", quality=quality, costs=costs), path)
     return path
 
 

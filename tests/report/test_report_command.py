@@ -66,8 +66,9 @@ def test_a_network_that_never_ran_has_its_static_part(
     said = report(monkeypatch, model, "--size", "12x20", "--sites", "--json", tmp_path / "r.json")
     assert said.count("no record") == 4 + 4, "FAB, BitOPs, and the inputs of four layers"
     data = json.loads((tmp_path / "r.json").read_text())
-    assert data["fab"] is data["bitops"] is data["weighted_fab"] is None
-    assert data["macs"] > 0 and data["storage_bits"] < data["float_storage_bits"] and data["scores"] == {}
+    costs = data["costs"]
+    assert costs["fab"] is costs["bitops"] is costs["weighted_fab"] is None and data["quality"] == {}
+    assert costs["macs"] > 0 and costs["storage_bits"] < costs["float_storage_bits"]
     file = tmp_path / "options.yml"
     file.write_text(
         json.dumps({"network_g": {"type": "QuantNet", "backbone": BACKBONE}, "recipe": net.recipe.to_dict()})
@@ -79,11 +80,13 @@ def test_whole_images(model: Path, folders: tuple[Path, Path], tmp_path: Path, m
     said = report(monkeypatch, model, "--size", "12x20", "--test", *folders, "--sites", "--json", tmp_path / "r.json")
     assert "5.00 [4.00, 6.00]" in said and "4: 50 %, 6: 50 %" in said and "no record" not in said
     data = json.loads((tmp_path / "r.json").read_text())
-    assert data["fab"] == data["scores"]["Two"]["fab"] == 5.0
-    assert data["protocol"] == data["scores"]["Two"]["protocol"] == "whole images"
-    assert data["scores"]["Two"]["bits"]["places"] == dict.fromkeys(PLACES, 5.0)
-    assert [site["act_bits"] for site in data["sites"] if site["in_fab"]] == [5.0] * 4
-    assert data["bitops_quantized"] == sum(site["macs"] * 8 * 5 for site in data["sites"] if site["in_fab"])
+    costs, quality = data["costs"], data["quality"]["Two"]
+    assert costs["fab"] == quality["fab"] == 5.0 and quality["bitops"] == costs["bitops"]
+    assert costs["protocol"] == quality["protocol"] == "whole images"
+    assert (quality["images"], quality["border"], quality["colour"]) == (2, 2, "Y")
+    assert quality["bits"]["places"] == dict.fromkeys(PLACES, 5.0)
+    assert [site["act_bits"] for site in costs["sites"] if site["in_fab"]] == [5.0] * 4
+    assert costs["bitops_quantized"] == sum(site["macs"] * 8 * 5 for site in costs["sites"] if site["in_fab"])
 
 
 def test_patches(model: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +97,12 @@ def test_patches(model: Path, folders: tuple[Path, Path], tmp_path: Path, monkey
     assert "4: 75 %, 8: 25 %" in said and "5.00 [4.00, 6.00]" in said
     assert "12x48 (LR height x width), in patches of 12x12, overlap 1, last enlarged" in " ".join(said.split())
     data = json.loads((tmp_path / "r.json").read_text())
-    assert data["scores"]["Two"]["patches"] == data["patches"] == {"size": 12, "overlap": 1, "last": "enlarge"}
+    assert (
+        data["quality"]["Two"]["patches"] == data["costs"]["patches"] == {"size": 12, "overlap": 1, "last": "enlarge"}
+    )
     whole = report(monkeypatch, model, *size, "--json", tmp_path / "w.json")
     assert "in patches" not in " ".join(whole.split())
-    assert data["macs"] / json.loads((tmp_path / "w.json").read_text())["macs"] == (48 + 3) / 48
+    assert data["costs"]["macs"] / json.loads((tmp_path / "w.json").read_text())["costs"]["macs"] == (48 + 3) / 48
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +10,49 @@ import numpy as np
 import pytest
 
 from qsr_plugin import complexity
-from qsr_plugin.report.comparison import Row
 from qsr_plugin.report.evaluate import evaluate
-from qsr_plugin.report.result_files import ResultError, choose_set, read_points, rename, rows_of
-from qsr_plugin.report.tables import write_json
+from qsr_plugin.report.fab import BitStatistics
+from qsr_plugin.report.result_files import choose_set, read_points, rename, rows_of
+from qsr_plugin.report.result_io import ResultError, read_results, write_results
+from qsr_plugin.report.result_schema import Costs, Quality, Result, ResultTable, described
 
-COSTS = {"method": "mine W4A4", "fab": 4.0, "bitops": 2e9, "storage_bits": 8000, "input_size": [180, 320]}
-COSTS["convention"] = "macs-bits"
+WAY = {"convention": "macs-bits", "input_size": (180, 320), "parameters": 1, "macs": 1}
 
 
-def write(path: Path, data: Any) -> Path:
-    path.write_text(json.dumps(data))
-    return path
+def costs(fab: float, bitops: float, storage_bits: int = 8000, **way: Any) -> Costs:
+    return Costs(fab=fab, bitops=bitops, storage_bits=storage_bits, **{**WAY, **way})
 
 
 def comparison(path: Path) -> Path:
     """A float network, two methods on two sets, and one that failed."""
-    score = {"psnr": 30.0, "ssim": 0.9}
-    rows = [
-        Row("float", "float", "float", end={"A": {"psnr": 31.0}, "B": {"psnr": 29.0}}, fab=32.0, bitops=9e12),
-        Row("odm W2A2", "odm", "W2A2", start={"A": score}, end={"A": {"psnr": 30.5}, "B": score}, fab=2.0, bitops=1e9),
-        Row("odm W4A4", "odm", "W4A4", start={"A": score, "B": score}, fab=4.0, bitops=2e9, storage_bits=16000),
-        Row("lsq W2A2", "lsq", "W2A2", note="diverged"),
-    ]
-    return write(path, {"settings": {}, "rows": [row.to_dict() for row in rows]})
+    score = Quality(psnr=30.0, ssim=0.9)
+    quality = {"A": Quality(psnr=31.0), "B": Quality(psnr=29.0)}
+    rows = (
+        Result(label="float", quality=quality, costs=costs(32.0, 9e12)),
+        Result(
+            label="odm W2A2", method="odm", before={"A": score}, quality={"A": Quality(psnr=30.5), "B": score},
+            costs=costs(2.0, 1e9),
+        ),
+        Result(label="odm W4A4", method="odm", before={"A": score, "B": score}, costs=costs(4.0, 2e9, 16000)),
+        Result(label="lsq W2A2", method="lsq", note="diverged"),
+    )  # fmt: skip
+    write_results(ResultTable(rows=rows), path)
+    return path
 
 
-def quantized(path: Path, psnr: float = 30.0, fab: float = 3.5, label: str = "mine W4A4", **costs: Any) -> Path:
+def quantized(
+    path: Path, psnr: float = 30.0, fab: float = 3.5, label: str = "mine W4A4", test: str = "A", **way: Any
+) -> Path:
     """What ``qsr quantize --test`` writes."""
-    score = {"scale": 4, "psnr": psnr, "ssim": 0.9, "fab": fab, "images": []}
-    float_score = {"scale": 4, "psnr": 31.0, "ssim": 0.9, "fab": 32.0, "images": []}
-    data = {"weights": "w.pth", "model": "m.safetensors", "complexity": {**COSTS, **costs}}
-    return write(path, {**data, "float": float_score, label: score})
+    plain = Result(label="float", quality={test: Quality(psnr=31.0, fab=32.0)})
+    quality = {test: Quality(psnr=psnr, ssim=0.9, fab=fab)}
+    mine = Result(label=label, method="mine", quality=quality, costs=costs(4.0, 2e9, **way), reference=plain)
+    write_results(mine, path)
+    return path
 
 
 def test_files_on_different_sets_do_not_mix(tmp_path: Path) -> None:
-    files = []
-    for name in ("Set5", "Set14"):
-        files.append(quantized(tmp_path / f"{name}.json", label=f"mine {name}"))
-        data = json.loads(files[-1].read_text())
-        for label in ("float", f"mine {name}"):
-            data[label]["set"] = name
-        files[-1].write_text(json.dumps(data))
+    files = [quantized(tmp_path / f"{name}.json", test=name) for name in ("Set5", "Set14")]
     with pytest.raises(ResultError, match="no test set is in all files"):
         choose_set([point for file in files for point in read_points(file)])
 
@@ -70,12 +71,30 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
 def test_a_quantized_network(tmp_path: Path) -> None:
     """Mean bits are those on the set, all other costs those of the network; the float one has its scores alone."""
     reference, mine = read_points(quantized(tmp_path / "q.json"))
-    assert reference.figures == {"psnr": 31.0, "fab": 32.0} and reference.test == ""
+    assert reference.figures == {"psnr": 31.0, "fab": 32.0} and reference.way is None
     assert mine.figures == {"psnr": 30.0, "fab": 3.5, "bitops": 2e9, "storage_bits": 8000}
     assert mine.adaptive and not read_points(quantized(tmp_path / "q.json", fab=4.0))[1].adaptive
-    data = json.loads((tmp_path / "q.json").read_text())
-    data["mine W4A4"]["bits"] = {"shares": {"2": 0.5, "6": 0.5}}
-    assert read_points(write(tmp_path / "q.json", data))[1].adaptive  # a mean of 4 bits, but of 2 and 6
+    (result,) = read_results(tmp_path / "q.json")[1:]
+    bits = BitStatistics(4.0, 2.0, (3.0, 4.0, 5.0), 6.0, {"2": 0.5, "6": 0.5}, {"body.0.input": 4.0}, {})
+    quality = {"A": result.quality["A"].model_copy(update={"bits": bits, "bitops": 3e9})}
+    write_results(result.model_copy(update={"quality": quality}), tmp_path / "q.json")
+    mine = read_points(tmp_path / "q.json")[1]
+    assert mine.adaptive and mine.figures["bitops"] == 3e9, "a mean of 4 bits, but of 2 and 6"
+
+
+def test_networks_and_placements_of_one_file_are_told_apart(tmp_path: Path) -> None:
+    """A table of post-training methods: labels say what differs, before the bits."""
+    score = {"A": Quality(psnr=30.0)}
+    rows = [
+        Result(label=f"minmax {bits}", method="minmax", placement=placement, network="net", quality=score)
+        for placement in ("body", "full") for bits in ("W4A4", "W8A8")
+    ]  # fmt: skip
+    write_results(ResultTable(rows=tuple(rows)), tmp_path / "ptq.json")
+    points = read_points(tmp_path / "ptq.json")
+    assert [point.label for point in points][:2] == ["body minmax W4A4", "body minmax W8A8"]
+    assert [point.family for point in points][2:] == ["full minmax"] * 2
+    write_results(ResultTable(rows=tuple(rows[:2])), tmp_path / "ptq.json")
+    assert [point.label for point in read_points(tmp_path / "ptq.json")] == ["minmax W4A4", "minmax W8A8"]
 
 
 def test_a_report_of_a_real_network(tiny, write_images, tmp_path: Path) -> None:
@@ -85,28 +104,27 @@ def test_a_report_of_a_real_network(tiny, write_images, tmp_path: Path) -> None:
     lr = write_images("LR", {"a.png": rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)})
     net = tiny("EDSR", "minmax", weight_bits=4, act_bits=4)
     score = evaluate(net, hr, lr, 2)
-    costs = complexity(net)
-    write_json({**costs.to_dict(), "scores": {"Set5": score.to_dict()}}, tmp_path / "r.json")
+    counted = complexity(net)
+    quality = {"Set5": Quality.of(score, counted.bitops)}
+    write_results(Result(**described(net.recipe), quality=quality, costs=Costs.of(counted)), tmp_path / "r.json")
     (point,) = read_points(tmp_path / "r.json")
     assert (point.label, point.test, point.adaptive) == ("minmax W4A4", "Set5", False)
     assert point.figures == {
-        "psnr": pytest.approx(score.psnr), "fab": 4.0, "bitops": costs.bitops, "storage_bits": costs.storage_bits,
+        "psnr": pytest.approx(score.psnr), "fab": 4.0, "bitops": counted.bitops, "storage_bits": counted.storage_bits,
     }  # fmt: skip
     assert point.way == ("macs-bits", (180, 320))
 
 
 def test_sets(tmp_path: Path) -> None:
-    """The first that all files have, or the one asked for; a file that names none goes with any."""
-    both, unnamed = read_points(comparison(tmp_path / "c.json")), read_points(quantized(tmp_path / "q.json"))
-    report = {**COSTS, "scores": {"B": {"psnr": 28.0, "fab": 4.0}}}
-    only_b = read_points(write(tmp_path / "r.json", report))
+    """The first that all files have, or the one asked for."""
+    both = read_points(comparison(tmp_path / "c.json"))
+    only_b = read_points(quantized(tmp_path / "q.json", test="B"))
     assert {point.test for point in choose_set(both)} == {"A"}
     assert {point.test for point in choose_set(both + only_b)} == {"B"}
-    assert {point.test for point in choose_set(both + unnamed, "B")} == {"B", ""}
-    assert {point.test for point in choose_set(unnamed, "Set5")} == {""}
+    assert {point.test for point in choose_set(both, "B")} == {"B"}
     with pytest.raises(ResultError, match="no result on 'Bb'. Did you mean 'B'. Allowed: A, B."):
         choose_set(both, "Bb")
-    other = read_points(write(tmp_path / "o.json", {**COSTS, "scores": {"C": {"psnr": 28.0}}}))
+    other = read_points(quantized(tmp_path / "o.json", test="C"))
     with pytest.raises(ResultError, match=r"no test set is in all files.*c\.json: A, B; .*o\.json: C"):
         choose_set(both + other)
 
@@ -140,33 +158,23 @@ def test_a_label_for_several_networks_goes_before_theirs(tmp_path: Path) -> None
     assert list(dict.fromkeys(point.label for point in renamed)) == ["float", "long run odm W2A2", "long run odm W4A4"]
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("{", "is no JSON"),
-        ("[1]", "expected 'rows'.*found list"),
-        ('{"a": 1, "b": 2}', "expected 'rows'.*found the keys a, b"),
-        ('{"rows": [{"end": {}}]}', r"rows\[0\] has no 'label', found end"),
-        ('{"rows": []}', "holds no scores on a test set"),
-        ('{"rows": [{"label": "a", "end": {"A": {"ssim": 1}}}]}', r"rows\[0\]\.A has no 'psnr', found ssim"),
-        ('{"rows": [{"label": "a", "end": {"A": {"psnr": "inf"}}}]}', "psnr of a is 'inf', expected a finite number"),
-        ('{"scores": {"A": {"psnr": 1}}}', "the report has no 'method', found scores"),
-        ('{"complexity": {}}', "holds no scores on a test set: run the command with --test"),
-    ],
-)
-def test_mistakes_are_explained(tmp_path: Path, text: str, says: str) -> None:
+def test_what_cannot_be_drawn_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    path.write_text(text)
-    with pytest.raises(ResultError, match=rf"results\.json.*{says}"):
+    write_results(Result(label="mine W4A4", costs=costs(4.0, 2e9)), path)
+    with pytest.raises(ResultError, match=r"results\.json holds no scores on a test set: run the command with --test"):
+        read_points(path)
+    write_results(Result(label="a", method="a", quality={"A": Quality(psnr=math.inf)}), path)
+    with pytest.raises(ResultError, match=r"results\.json: psnr of a is inf, expected a finite number"):
         read_points(path)
 
 
 def test_missing_files_and_figures_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"none\.json cannot be read \(No such file"):
         read_points(tmp_path / "none.json")
-    points = choose_set(read_points(comparison(tmp_path / "c.json")))
-    with pytest.raises(ResultError, match=r"c\.json: odm W2A2 has no 'storage_bits'; it has psnr, fab, bitops"):
-        rows_of(points, "storage_bits")
+    (result,) = read_results(quantized(tmp_path / "q.json"))[1:]
+    write_results(result.model_copy(update={"costs": None}), tmp_path / "q.json")
+    with pytest.raises(ResultError, match=r"q\.json: mine W4A4 has no 'storage_bits'; it has psnr, fab"):
+        rows_of(choose_set(read_points(tmp_path / "q.json")), "storage_bits")
 
 
 def test_bitops_of_two_conventions_are_refused(tmp_path: Path) -> None:

@@ -232,10 +232,10 @@ def test_command(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.
         "2 images, 4 layers, 8 places, all"
     )
     assert Image.open(tmp_path / "s.png").width == 1152
-    found = json.loads((tmp_path / "r.json").read_text())["sensitivity"]
+    found = json.loads((tmp_path / "r.json").read_text())["details"]["sensitivity"]
     assert found["images"] == 2 and len(found["sites"]) == 4 and sum(s["share"] for s in found["sites"]) > 0.999
     report(monkeypatch, model, "--size", "12x20", "--json", tmp_path / "r.json")
-    assert "sensitivity" not in json.loads((tmp_path / "r.json").read_text())
+    assert "sensitivity" not in json.loads((tmp_path / "r.json").read_text())["details"]
 
 
 def test_command_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ import torch
 
 from qsr_plugin.quant.policy import POLICIES
 from qsr_plugin.quant.recipe import register_parts
+from qsr_plugin.report.result_io import read_table
 from tests.quant.choosers import bright_to_dark, quantized
 from tests.tools.conftest import TinyNetwork
 
@@ -56,7 +56,7 @@ def test_table_and_file(
         quantizers="pams", methods="cadyq,cadyk", backbone=str(network.backbone), groups=1, batch=2, size=8, threads=1,
         json=tmp_path / "mixed.json",
     )  # fmt: skip
-    *rows, bad = json.loads((tmp_path / "mixed.json").read_text())["rows"]
+    *rows, bad = (row.details for row in read_table(tmp_path / "mixed.json").rows)
     kinds = [("pams", "mixed"), ("cadyq", "mixed"), ("cadyq", "policy")]
     assert {(row["network"], row["bits"], row["run"]) for row in rows} == {
         (*kind, run) for kind in kinds for run in ("inference", "training")

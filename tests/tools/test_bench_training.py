@@ -14,6 +14,7 @@ from qsr_plugin import load_recipe
 from qsr_plugin.models import step_cost
 from qsr_plugin.models.step_cost import Case, Workload
 from qsr_plugin.report.comparison_options import static_methods
+from qsr_plugin.report.result_io import read_table
 from tests.tools.conftest import BACKBONE, TinyNetwork
 
 WORK = Workload(BACKBONE, batch=1, lq_size=8, groups=2)
@@ -83,7 +84,7 @@ def test_table_and_file(
         methods="pams,minmax", bits="W4A4", backbone=str(network.backbone), losses=False, groups=1, batch=1, size=8,
         threads=1, compiled=False, json=tmp_path / "bench.json",
     )  # fmt: skip
-    good, bad = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    good, bad = (row.details for row in read_table(tmp_path / "bench.json").rows)
     assert good["label"] == "pams W4A4" and len(good["times"]["ratios"]) == 1 and good["memory"] == 50_000_000
     assert bad["failed"] == "RuntimeError: no memory left"
     told = capsys.readouterr().out

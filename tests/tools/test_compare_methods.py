@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from PIL import Image
 from qsr_plugin import list_methods, load_quantized, load_recipe
 from qsr_plugin.options_file import OptionsError, assemble, options_folder
 from qsr_plugin.report import comparison_options, comparison_runs
-from qsr_plugin.report.comparison import Row
 from qsr_plugin.report.comparison_options import ComparisonError, Settings, published_recipe, training_options
+from qsr_plugin.report.result_io import read_table
+from qsr_plugin.report.result_schema import Result
 from qsr_plugin.watched_run import Step, TrainingError
 from tests.host.harness import write_data, write_photos
 from tests.tools.conftest import TinyNetwork
@@ -177,19 +177,19 @@ def test_whole_comparison(
         "milestones": "0.5,0.75", "seed": 0, "data": inputs[0], "test": [inputs[1]],
     }  # fmt: skip
     tool.main(out=out, **arguments)
-    rows = {row["label"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}
+    rows = {row.label: row for row in read_table(out / "comparison.json").rows}
     assert list(rows) == ["float", "broken W4A4", "pams W4A4", "nothing W4A4"]
-    assert "not finite" in rows["broken W4A4"]["note"] and not rows["broken W4A4"]["end"]
-    assert "unknown recipe" in rows["nothing W4A4"]["note"]
+    assert "not finite" in rows["broken W4A4"].note and not rows["broken W4A4"].quality
+    assert "unknown recipe" in rows["nothing W4A4"].note
     row = rows["pams W4A4"]
-    assert row["start"]["Tiny"]["psnr"] != row["end"]["Tiny"]["psnr"]
-    assert row["fab"] == 4 and row["bitops"] < rows["float"]["bitops"] and row["storage_bits"] > 0
-    assert row["seconds"] > 0 and row["float_seconds"] > 0 and not row["note"]
-    span = json.loads((out / "comparison.json").read_text())["settings"]["span"]
+    assert row.before["Tiny"].psnr != row.quality["Tiny"].psnr and row.network == "tiny_edsr" and row.scale == 4
+    assert row.costs.fab == 4 and row.costs.bitops < rows["float"].costs.bitops and row.costs.storage_bits > 0
+    assert row.training.seconds > 0 and row.training.float_seconds > 0 and not row.note
+    span = read_table(out / "comparison.json").settings["span"]
     trained_with = load_quantized(out / "models" / "pams_w4a4.safetensors").recipe.stages
     assert span > 0 and trained_with[0].lr.ranges == pytest.approx(max(span / 20, 1e-2))
     table = (out / "comparison.md").read_text()
-    assert f"{rows['pams W4A4']['end']['Tiny']['psnr']:.2f}" in table and "not finite" in table
+    assert f"{rows['pams W4A4'].quality['Tiny'].psnr:.2f}" in table and "not finite" in table
     assert len((out / "comparison.csv").read_text().splitlines()) == 5
     for plot in ("tradeoff.png", "gain.png"):
         assert Image.open(out / plot).width == 1152
@@ -203,8 +203,7 @@ def test_whole_comparison(
     monkeypatch.setattr(comparison_runs, "train", lambda options, *_: trained.append(options["name"]))
     tool.main(out=out, **{**arguments, "methods": "pams"})
     assert trained == []
-    again = json.loads((out / "comparison.json").read_text())["rows"]
-    assert again == [rows["float"], row]
+    assert read_table(out / "comparison.json").rows == (rows["float"], row)
     with pytest.raises(SystemExit):
         tool.main(out=out, **{**arguments, "iters": 21})
     (tmp_path / "pams.yml").write_text("recipe: {base: pams}", "utf-8")
@@ -223,6 +222,14 @@ def test_kept_rows_of_other_settings_are_refused(settings: Settings, tmp_path: P
         comparison_runs.kept_rows(replace(settings, iters=25).to_dict(), path)
 
 
+def test_files_that_hold_no_results_are_refused(settings: Settings, tmp_path: Path) -> None:
+    """Such as the rows of an earlier version."""
+    path = tmp_path / "row.json"
+    path.write_text('{"settings": {}, "rows": []}', "utf-8")
+    with pytest.raises(ComparisonError, match=r"row\.json is no result file.*Give another folder with -o"):
+        comparison_runs.kept_rows(settings.to_dict(), path)
+
+
 def test_kept_rows_of_another_recipe_are_refused(settings: Settings, tmp_path: Path) -> None:
     """A recipe file that was edited since, or ranges of another reach; rows that tell no recipe are refused as well."""
     mine, path = tmp_path / "mine.yml", comparison_runs.result_path(tmp_path, "mine.yml", "W4A4")
@@ -231,7 +238,7 @@ def test_kept_rows_of_another_recipe_are_refused(settings: Settings, tmp_path: P
         losses = [{"type": "SKTLoss", "loss_weight": weight}]
         mine.write_text(yaml.safe_dump({"recipe": {"base": "pams", "losses": losses}}), "utf-8")
 
-    def kept(span: float = 60.0) -> list[Row] | None:
+    def kept(span: float = 60.0) -> list[Result] | None:
         return comparison_runs.kept_method(settings, str(mine), "W4A4", span, tmp_path)
 
     write(2.0)

@@ -22,6 +22,9 @@ from qsr_plugin.ptq_table import PtqTableError, make_table, plan, read_methods, 
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.report.ptq_plot import ptq_plot
 from qsr_plugin.report.ptq_rows import PtqRow, networks_of, to_csv, to_html, to_markdown
+from qsr_plugin.report.result_files import read_points
+from qsr_plugin.report.result_io import read_table
+from qsr_plugin.report.result_schema import Quality, Result
 from tests.host.harness import write_photos
 
 
@@ -53,11 +56,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rows without work: the labels of those that were asked for. minmax at W4A4 fails."""
     labels: list[str] = []
 
-    def run_row(job: Job, logs: Path) -> PtqRow:
-        labels.append(job.row().label.removeprefix("edsr_small_x4 "))
-        if (job.method, job.bits) == ("minmax", "W4A4"):
-            return replace(job.row(), note="FloatingPointError: step 3 | not\nfinite")
-        return replace(job.row(), scores={name: {"psnr": 30.0, "ssim": 0.9, "fab": 8.0} for name in job.tests})
+    def run_row(job: Job, logs: Path) -> Result:
+        labels.append(job.label.removeprefix("edsr_small_x4 "))
+        failed = (job.method, job.bits) == ("minmax", "W4A4")
+        quality = {} if failed else {name: Quality(psnr=30.0, ssim=0.9, fab=8.0) for name in job.tests}
+        note = "FloatingPointError: step 3 | not\nfinite" if failed else ""
+        return job.result().model_copy(update={"quality": quality, "note": note})
 
     monkeypatch.setattr(ptq_table, "run_row", run_row)
     return labels
@@ -72,7 +76,7 @@ def test_methods_are_found_by_their_recipes() -> None:
 
 
 def test_plan_has_the_float_row_once_for_each_network(jobs: list[Job]) -> None:
-    labels = [job.row().label for job in jobs]
+    labels = [job.label for job in jobs]
     assert labels[0] == "edsr_small_x4 float" and jobs[0].crops is None
     assert labels[1:] == [f"edsr_small_x4 {m} {b} body" for b in ("W8A8", "W4A4") for m in ("minmax", "omse")]
     assert len({job.key() for job in jobs}) == 5
@@ -104,17 +108,15 @@ def test_rows_are_made_once(jobs: list[Job], made: list[str], tmp_path: Path) ->
     assert made == ["float", "minmax W8A8 body", "omse W8A8 body"]
     made.clear()
     rows = make_table(jobs, tmp_path)
-    assert made == ["minmax W4A4 body", "omse W4A4 body"] and [row.label for row in rows] == [
-        j.row().label for j in jobs
-    ]
+    assert made == ["minmax W4A4 body", "omse W4A4 body"] and [row.label for row in rows] == [job.label for job in jobs]
     assert [row.failed for row in rows] == [False, False, False, True, False]
     made.clear()
     assert make_table(jobs, tmp_path) == rows and made == []
     assert make_table(jobs, tmp_path, retry=True) == rows and made == ["minmax W4A4 body"]
     made.clear()
     assert len(make_table(jobs[:1], tmp_path)) == 1 and made == []
-    kept = json.loads((tmp_path / "ptq.json").read_text())["rows"]
-    assert list(kept) == [job.key() for job in jobs] and kept[jobs[2].key()]["origin"] == jobs[2].origin()
+    assert [row.origin for row in read_table(tmp_path / "ptq.json").rows] == [job.origin() for job in jobs]
+    assert list(ptq_table.kept_rows(tmp_path)) == [job.key() for job in jobs]
 
 
 def test_rows_survive_an_interruption(jobs: list[Job], made: list[str], tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_a_process_that_ends_without_a_row_is_a_failed_row(
 
     monkeypatch.setattr(ptq_table.subprocess, "run", run)
     row = ptq_table.run_row(jobs[1], tmp_path)
-    assert row.failed and row.note.startswith(f"the process ended with status {status}: ") and told in row.note
+    assert not row.quality and row.note.startswith(f"the process ended with status {status}: ") and told in row.note
     assert row.method == "minmax"
 
 
@@ -215,7 +217,7 @@ def test_what_cannot_be_is_refused_before_any_work(data: Path, tmp_path: Path) -
     with pytest.raises(PtqTableError, match="two networks are called 'edsr_small_x4'"):
         plan(two, {}, [], [], crops=lambda one: None, tests=lambda one: {}, threads=1)
     (tmp_path / "ptq.json").write_text('{"rows": 3}')
-    with pytest.raises(PtqTableError, match="no table of post-training methods"):
+    with pytest.raises(PtqTableError, match="no table of post-training methods: give another folder with -o"):
         ptq_table.kept_rows(tmp_path)
 
 
@@ -240,17 +242,21 @@ def test_whole_table(
     }  # fmt: skip
     tool.main(out=out, **arguments)
     text = (out / "ptq.json").read_text()
-    rows = {row["method"]: row for row in json.loads(text)["rows"].values()}
+    rows = {row.method: row for row in read_table(out / "ptq.json").rows}
     assert list(rows) == ["float", "broken", "minmax"]
-    assert "NoSuchLoss" in rows["broken"]["note"] and not rows["broken"]["scores"]
+    assert "NoSuchLoss" in rows["broken"].note and not rows["broken"].quality
     assert "Traceback" in (out / "logs" / "edsr_small_x4_broken_W4A4_body.log").read_text()
     row = rows["minmax"]
-    assert row["note"] == "" and list(row["scores"]) == ["Two", "Other"] and row["fab"] == 4
-    assert row["scores"]["Two"]["psnr"] < rows["float"]["scores"]["Two"]["psnr"]
-    assert row["bitops"] < rows["float"]["bitops"] and row["storage_bits"] < rows["float"]["storage_bits"]
-    assert sum(row["seconds"].values()) > 0 and row["memory"] > 50e6 and rows["float"]["memory"] is None
+    plain = rows["float"]
+    assert row.note == "" and list(row.quality) == ["Two", "Other"] and row.costs.fab == 4
+    assert row.quality["Two"].psnr < plain.quality["Two"].psnr and row.quality["Two"].images == 2
+    assert row.costs.bitops < plain.costs.bitops and row.costs.storage_bits < plain.costs.storage_bits
+    assert sum(row.seconds.values()) > 0 and row.peak_memory > 50e6 and plain.peak_memory is None
+    assert row.label == "minmax W4A4" and row.architecture == "EDSR x4" and len(row.calibration.names) == 2
+    points = {(point.label, point.test) for point in read_points(out / "ptq.json")}
+    assert points == {(label, test) for label in ("float", "minmax W4A4") for test in ("Two", "Other")}
     for name in ("ptq.md", "ptq.html"):
-        assert f"{row['scores']['Two']['psnr']:.2f}" in (out / name).read_text()
+        assert f"{row.quality['Two'].psnr:.2f}" in (out / name).read_text()
     assert len((out / "ptq.csv").read_text().splitlines()) == 4
     assert all((out / f"ptq_edsr_small_x4_{name}.png").is_file() for name in ("Two", "Other"))
     shown = capsys.readouterr().out
