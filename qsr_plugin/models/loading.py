@@ -16,7 +16,7 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.policy import PolicyPart
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.schema import Recipe
-from qsr_plugin.quant.surgery import quantizers
+from qsr_plugin.quant.surgery import quantizers, with_rebuilt
 
 logger = logging.getLogger("basicsr")
 
@@ -29,7 +29,7 @@ class Loading:
         net = self.get_bare_model(net)
         content, metadata = checkpoint.read_file(load_path)
         self._compare_recipes(net.recipe, metadata, load_path)
-        state = checkpoint.state_dict_in(content, load_path, prefer=param_key or "params")
+        state = with_rebuilt(net, checkpoint.state_dict_in(content, load_path, prefer=param_key or "params"))
         problems = checkpoint.key_differences(net.state_dict(), state)
         if problems and not any("_quantizer." in key for key in state):
             raise checkpoint.CheckpointError(
@@ -125,7 +125,7 @@ def adopted(net: nn.Module, found: Mapping[str, Tensor], recipe: Recipe | None) 
     own = net.state_dict()
     learned = {name for name, module in net.named_modules() if isinstance(module, PolicyPart)}
     state = {key: own[key] for key in own if any(key.startswith(f"{name}.") for name in learned)}
-    for key, value in found.items():
+    for key, value in with_rebuilt(net, found).items():
         if key in own and key not in state:
             state[key] = value.expand_as(own[key]) if value.dim() == 0 else value
         elif key not in own and "_policy." not in key:

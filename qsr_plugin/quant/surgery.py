@@ -152,6 +152,12 @@ def persistent_state(net: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in net.state_dict().items() if key not in rebuilt}
 
 
+def with_rebuilt(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the :func:`rebuilt_buffers` of a network that it lacks."""
+    own = net.state_dict()
+    return {**{key: own[key] for key in rebuilt_buffers(net) if key in own}, **state}
+
+
 def tap(net: nn.Module, place: str, name: str) -> nn.Module:
     """Have a network write the tensors at a place into its record under ``name`` in every forward.
 

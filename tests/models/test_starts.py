@@ -21,6 +21,7 @@ from tests.host import harness
 compat.import_host()
 
 from basicsr.models import build_model  # noqa: E402
+from qsr_plugin.archs.roles import list_backbones  # noqa: E402
 
 from qsr_plugin.models import loading  # noqa: E402
 from qsr_plugin.models.loading import adopt  # noqa: E402
@@ -49,6 +50,28 @@ def other(plain: nn.Module, policy: str = "toy_selector", act: Any = CANDIDATES,
 
 
 # -- from another quantized network ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", list_backbones())
+def test_a_saved_network_of_every_backbone_is_taken_up(tiny_net, images, tmp_path: Path, backbone: str) -> None:
+    """Files lack the tables of transformers; a start and a loaded checkpoint have the numbers of the network saved."""
+    saved, path = quantized(tiny_net(backbone), images), str(tmp_path / "net.safetensors")
+    save_quantized(saved, path)
+
+    class Model(loading.Loading):
+        get_bare_model = staticmethod(lambda net: net)
+        is_train = False
+
+    starting, loaded = (quantize_model(tiny_net(backbone), load_recipe("pams")) for _ in range(2))
+    for net in (starting, loaded):
+        with torch.no_grad():
+            for parameter in parameter_groups(net)["weights"]:
+                parameter.add_(1.0)
+    adopt(starting, path)
+    Model().load_network(loaded, path)
+    want = saved.state_dict()
+    for net in (starting, loaded):
+        assert all(torch.equal(value, want[key]) for key, value in net.state_dict().items())
 
 
 def test_a_range_becomes_that_of_every_candidate(tiny_net, images, tmp_path: Path) -> None:
