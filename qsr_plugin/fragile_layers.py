@@ -28,6 +28,10 @@ logger = logging.getLogger("qsr_plugin")
 
 #: Damage is measured on the middle of so many images, of this side in LR pixels: the ranking needs no more.
 PROBES, PROBE = 16, 48
+#: Of many layers, on fewer images (at least two), so that no more than about so many of them pass.
+PASSES = 512
+#: A layer is worth more bits if it removes at least this share of what all of them together do alone.
+SHARE = 0.01
 #: Ports of the two operands of a layer: the activation, and the weight or the right matrix.
 _OPERANDS = (("input", "left"), ("weight", "right"))
 
@@ -75,7 +79,7 @@ def with_fragile_places(
 
     Returns:
         The recipe with a rule for each place raised, at the end of its placement; the same recipe if no place has fewer
-        bits than that, or no layer fits.
+        bits than that, no layer fits, or none of those that fit matters.
 
     Raises:
         RecipeError: If the recipe has no ``fragile``, or a quantizer cannot do that many bits.
@@ -102,16 +106,16 @@ def with_fragile_places(
             )  # fmt: skip
         return recipe
     groups = {layer.cost.name: frozenset(f"{layer.cost.name}.{port}" for port in layer.places) for layer in able}
-    probes = _probes(crops)
+    probes = _probes(crops, len(groups))
     before, _ = output_errors(net, probes, groups.values(), progress=progress)
     raised = quantize_model(deepcopy(float_net), _with_rules(recipe, able))
     calibrate(raised, crops)
     after, _ = output_errors(raised, probes, groups.values(), progress=progress)
     removed = {name: before[group] - after[group] for name, group in groups.items()}
-    chosen = []
+    least, chosen = SHARE * sum(before.values()), []
     for layer in sorted(able, key=lambda layer: -removed[layer.cost.name] / prices[layer.cost.name]):
         price = prices[layer.cost.name]
-        if price <= left and removed[layer.cost.name] > 0:
+        if price <= left and removed[layer.cost.name] > least:
             chosen.append(layer)
             left -= price
     return _with_rules(recipe, chosen) if chosen else recipe
@@ -131,10 +135,11 @@ def _body(net: nn.Module, float_net: nn.Module) -> list[_Layer]:
     ]
 
 
-def _probes(crops: Sequence[Tensor]) -> list[Tensor]:
-    """The middle of images that are spread evenly over the crops."""
+def _probes(crops: Sequence[Tensor], layers: int) -> list[Tensor]:
+    """The middle of images that are spread evenly over the crops; of many layers, of fewer images."""
     images = [image for batch in crops for image in batch.split(1)]
-    chosen = images[:: max(1, len(images) // PROBES)][:PROBES]
+    count = min(PROBES, max(2, PASSES // layers))
+    chosen = images[:: max(1, len(images) // count)][:count]
     return [_middle(_middle(image, -1), -2) for image in chosen]
 
 

@@ -55,7 +55,8 @@ def float_net(tiny_net) -> nn.Module:
 
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.34, 0.67, 1.0])
 @pytest.mark.parametrize("bits", [5, 6, 8])
-def test_budget_is_kept_and_used(float_net, images, budget: float, bits: int) -> None:
+def test_budget_is_kept_and_used(float_net, images, monkeypatch, budget: float, bits: int) -> None:
+    monkeypatch.setattr("qsr_plugin.fragile_layers.SHARE", 0.0)
     before = minmax(fragile={"bits": bits, "budget": budget})
     after = choose(float_net, before, images)
     base = body_bitops(quantize_model(deepcopy(float_net), before))
@@ -117,6 +118,31 @@ def test_damage_removed_counts_by_what_it_costs(
     before = minmax(placement="x", placements={"x": rules}, fragile={"bits": bits, "budget": budget})
     after = choose(tiny_net("EDSR"), before, images)
     assert raised(after, before) == [f"{name}.{port}" for name in want for port in ("input", "weight")]
+
+
+def test_layers_that_hardly_matter_are_left_alone(tiny_net, images, monkeypatch) -> None:
+    """However cheap they are: 1 % of the damage of all layers is the least that one has to remove."""
+    names = [f"body.{block}.conv{conv}" for block in (0, 1) for conv in (1, 2)]
+    damages = {4: dict(zip(names, (6.0, 3.9, 0.09, 0.11))), 8: dict.fromkeys(names, 0.0)}
+
+    def errors(net: nn.Module, crops: object, groups: object, **_: object) -> tuple[dict[frozenset[str], float], int]:
+        width = net.body[0].conv1.quantizer("input").candidates[0]
+        return {group: damages[width][min(group).rpartition(".")[0]] for group in groups}, 1
+
+    monkeypatch.setattr("qsr_plugin.fragile_layers.output_errors", errors)
+    before = minmax(placement="body", fragile={"bits": 8, "budget": 1.0})
+    monkeypatch.setattr("qsr_plugin.fragile_layers._Layer.bitops", lambda layer, widths: 1.0 + 0.01 * bool(widths))
+    after = choose(tiny_net("EDSR"), before, images)
+    assert {one.rpartition(".")[0] for one in raised(after, before)} == {names[0], names[1], names[3]}
+
+
+def test_many_layers_are_measured_on_fewer_images(float_net, images, monkeypatch) -> None:
+    """Nine layers, and three images each are 27 passes before and after."""
+    monkeypatch.setattr("qsr_plugin.fragile_layers.PASSES", 29)
+    seen: list[object] = []
+    shown = lambda items, text: (seen.append(text) or item for item in items)  # noqa: E731
+    choose(float_net, minmax(fragile={"bits": 8, "budget": 0.34}), images, progress=shown)
+    assert len(seen) == 2 * 9 * 3
 
 
 def test_places_keep_their_quantizer_and_padding(tiny_net, images) -> None:
