@@ -8,6 +8,9 @@ from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: Masks and tables of position biases in the host's SwinIR.
+_WINDOW_TABLES = ("attn_mask", "relative_position_index")
+
 
 class PaddedInput:
     """Mixin of networks whose input is padded at the right and at the bottom.
@@ -88,7 +91,11 @@ def _padded(kind: type) -> type:
 
 
 def pad_to_windows(net: nn.Module) -> nn.Module:
-    """Have the host's SwinIR pad its input to whole windows; every other network is returned as it is."""
+    """Have the host's SwinIR pad its input to whole windows, and files leave out what building it makes anew.
+
+    Every other network is returned as it is.
+    """
     if not isinstance(net, SwinIR):
         return net
+    net.rebuilt_buffers = frozenset(key for key in net.state_dict() if key.rpartition(".")[2] in _WINDOW_TABLES)
     return pad_input(net, net.upscale, multiple=net.layers[0].residual_group.blocks[0].window_size)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qsr_plugin import __version__
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.recipe import RecipeError
-from qsr_plugin.quant.surgery import persistent_state, plugin_keys, rebuilt_buffers
+from qsr_plugin.quant.surgery import persistent_state, plugin_keys, rebuilt_buffers, with_rebuilt
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -293,7 +293,7 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
         net = QuantNet(*described)
     except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
-    problems = key_differences(persistent_state(net), content)
+    problems = key_differences(net.state_dict(), with_rebuilt(net, content))
     if problems:
         raise CheckpointError(f"{path} does not hold the network it describes:\n  " + "\n  ".join(problems[:8]))
     net.load_state_dict({**net.state_dict(), **content})

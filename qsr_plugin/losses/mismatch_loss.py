@@ -29,8 +29,8 @@ class MismatchLoss(StepLoss):
     Args:
         loss_weight: Factor. Published is 1e-5 (1e-6 for networks with densely connected blocks) beside an L1 loss on
             pixels in 0..255. With pixels in 0..1 the same balance is 1e-5 / 255 where features have the published size:
-            networks that compute on 0..255 or normalise by batch. For others on 0..1, whose features are 255 times
-            smaller, it is 1e-5.
+            networks that compute on 0..255 or normalise by batch or layer. For others on 0..1, whose features are 255
+            times smaller, it is 1e-5.
         gradient: ``detach`` pulls every element to its grid point and leaves the ranges alone; ``ste`` goes through
             the quantizer, so that only clipped elements are pulled, and the ranges with them.
         reference_pixels: Pixels (batch x height x width) that the weight belongs to; ``None`` takes the norm as it is.

@@ -198,7 +198,10 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
             f"say how many pass its port '{port}': give it a place at a convolution or linear layer"
         )
     if rule.pad_first and not (port == "input" and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))):
-        raise RecipeError(f"{where}: pad_first is for the input of a Conv2d, this is port '{port}' of {name}")
+        raise RecipeError(
+            f"{where}: pad_first is for the input of a convolution (a linear layer ignores it), and this is port "
+            f"'{port}' of {name}"
+        )
     pad_first = rule.pad_first and isinstance(module, nn.Conv2d)  # the others add no zeros
     own_bits = rule.bits is not None and not rule.in_fab
     return Place(name, module, port, number, spec, bits, own_bits, pad_first)

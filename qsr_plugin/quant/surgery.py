@@ -16,8 +16,6 @@ from qsr_plugin.quant.record import RecordingRoot, record_root
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.sites import Site, site_class_for
 
-_WINDOW_TABLES = ("attn_mask", "relative_position_index")
-
 
 def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]) -> nn.Module:
     """Put a recipe's quantizers into a float network, in place.
@@ -139,11 +137,9 @@ def plugin_keys(net: nn.Module) -> set[str]:
 def rebuilt_buffers(net: nn.Module) -> frozenset[str]:
     """Names of buffers that building a network makes anew: files may lack them, and sizes do not count them.
 
-    They are those in its attribute ``rebuilt_buffers``, or else, by their usual names, masks and position tables of
-    attention in windows.
+    They are those in its attribute ``rebuilt_buffers``, which its class or what builds it sets.
     """
-    usual = (name for name, _ in net.named_buffers() if name.rpartition(".")[2] in _WINDOW_TABLES)
-    return frozenset(getattr(net, "rebuilt_buffers", None) or usual)
+    return frozenset(getattr(net, "rebuilt_buffers", ()))
 
 
 def persistent_state(net: nn.Module) -> dict[str, Tensor]:

@@ -74,6 +74,15 @@ def test_a_saved_network_of_every_backbone_is_taken_up(tiny_net, images, tmp_pat
         assert all(torch.equal(value, want[key]) for key, value in net.state_dict().items())
 
 
+def test_a_file_with_the_tables_of_a_transformer_is_read(tiny_net, images, tmp_path: Path, monkeypatch) -> None:
+    saved, path = quantized(tiny_net("SwinIR"), images), tmp_path / "net.safetensors"
+    monkeypatch.setattr(checkpoint, "persistent_state", lambda net: net.state_dict())
+    save_quantized(saved, path)
+    assert any(key.endswith("relative_position_index") for key in checkpoint.read_file(path)[0])
+    loaded = checkpoint.load_quantized(path)
+    assert all(torch.equal(value, saved.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
 def test_a_range_becomes_that_of_every_candidate(tiny_net, images, tmp_path: Path) -> None:
     first, second = quantized(tiny_net(), images), other(tiny_net())
     own = {key: value.clone() for key, value in second.state_dict().items() if "_policy." in key}
