@@ -121,6 +121,7 @@ def tradeoff(
     from qsr_plugin.errors import suggest
     from qsr_plugin.report.plots import check_ending, tradeoff_plot
     from qsr_plugin.report.result_files import choose_set, read_points, rename, rows_of
+    from qsr_plugin.report.result_schema import FLOAT
 
     if x not in _AXES:
         raise typer.BadParameter(f"--x is '{x}'. {suggest(x, _AXES)}")
@@ -133,9 +134,13 @@ def tradeoff(
         points += rename(read, label) if equals else read
     chosen = choose_set(points, test)
     rows = rows_of(chosen, _AXES[x])
-    name = chosen[0].test
+    name, way = chosen[0].test, next((point.way for point in chosen if point.label != FLOAT), None)
+    texts = {
+        "title": name if title is None else title,
+        "below": f"{way.unit} of one image ({way})" if way and x == "bitops" else "",
+    }
     for path in out:
-        tradeoff_plot(rows, _AXES[x], "psnr", path, title=name if title is None else title, front=front)
+        tradeoff_plot(rows, _AXES[x], "psnr", path, front=front, **texts)
     console.print(_points_table(chosen, name))
     console.print(f"wrote {', '.join(map(str, out))}", highlight=False, soft_wrap=True)
 

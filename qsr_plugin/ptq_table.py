@@ -172,7 +172,7 @@ def kept_rows(out: Path) -> dict[str, Result]:
     """All rows of earlier calls by the key of their job, with what they were made from; failed ones as well.
 
     Raises:
-        PtqTableError: If the file in the folder is none of these tables.
+        PtqTableError: If the file in the folder is none of these tables, or has rows of another command.
     """
     path = out / "ptq.json"
     if not path.is_file():
@@ -182,7 +182,11 @@ def kept_rows(out: Path) -> dict[str, Result]:
     except ResultError as error:
         why = f"{path} is no table of post-training methods: give another folder with -o"
         raise PtqTableError(f"{why}. {error}") from None
-    return {key_of(row.origin): row for row in rows if row.origin is not None}
+    for row in rows:
+        if row.origin is None:
+            why = f"{path}: row '{row.label}' does not say what it was made from, so another command wrote it"
+            raise PtqTableError(f"{why}. Give another folder with -o, or move the file away")
+    return {key_of(row.origin): row for row in rows}
 
 
 def make_table(

@@ -73,7 +73,7 @@ def write_validation(
 ) -> None:
     """Write the last scores on all data sets with the costs of the network, in place of those before.
 
-    Does nothing for a run without a folder of its own.
+    Does nothing for a run without a folder of its own. A file that cannot be written is told in the log.
 
     Args:
         opt: Of the run.
@@ -93,4 +93,8 @@ def write_validation(
         said["model"] = str(path.get("pretrain_network_g") or "")
     known = {"quality": dict(quality), "costs": costs, "versions": package_versions()}
     result = Result(**said, **known, seed=opt.get("manual_seed"), details={"run": opt["name"]})
-    write_results(result, Path(folder) / "results.json")
+    file = Path(folder) / "results.json"
+    try:
+        write_results(result, file)
+    except OSError as error:  # a full disk must not end a training
+        get_root_logger().warning(f"{file} was not written, the run goes on: {error}")

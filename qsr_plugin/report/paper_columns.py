@@ -158,12 +158,13 @@ def _operations(test: str, way: Way) -> Callable[[Result], float | None]:
         quality, costs = result.scores.get(test), result.costs
         if quality is None or costs is None or Way.of(costs) != way:
             return None
-        return costs.bitops if quality.bitops is None and _same_bits(quality, costs) else quality.bitops
+        return costs.bitops if quality.bitops is None and same_bits(quality, costs) else quality.bitops
 
     return value
 
 
-def _same_bits(quality: Quality, costs: Costs) -> bool:
+def same_bits(quality: Quality, costs: Costs) -> bool:
+    """Whether costs were counted with the mean bits that a network had on a test set; unknown ones are the same."""
     return quality.fab is None or (costs.fab is not None and math.isclose(quality.fab, costs.fab, rel_tol=1e-6))
 
 

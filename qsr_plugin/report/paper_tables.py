@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qsr_plugin.errors import suggest
 from qsr_plugin.report.paper_columns import MORE, Column, ColumnError, Layout, Way, columns_of, layout_of, ways_of
@@ -121,17 +122,44 @@ def paper_table(
 
 
 Found = list[tuple[Path, Result]]
+#: Architecture and arguments of a network without a name.
+Kind = tuple[str, dict[str, Any]]
 
 
 def _by_network(found: Sequence[tuple[Path, Result]]) -> dict[str, Found]:
-    """Results by what the float network is called; those that do not say join one of the same arguments."""
-    named = [result for _, result in found if result.network]
+    """Results by what the float network is called.
+
+    Those that do not say join one of the same arguments, else they are one network if architecture and arguments agree.
+    """
+    given = [result.network or _name_of_alike(result, found) for _, result in found]
+    kinds: list[Kind] = []
+    for name, (_, result) in zip(given, found):
+        if not name and _kind(result) not in kinds:
+            kinds.append(_kind(result))
+    made = list(_names_of(kinds))
     networks: dict[str, Found] = {}
-    for file, result in found:
-        alike = (one.network for one in named if result.backbone and one.backbone == result.backbone)
-        name = result.network or next(alike, "") or result.architecture or MISSING
-        networks.setdefault(name, []).append((file, result))
+    for name, (file, result) in zip(given, found):
+        networks.setdefault(name or made[kinds.index(_kind(result))], []).append((file, result))
     return networks
+
+
+def _name_of_alike(result: Result, found: Sequence[tuple[Path, Result]]) -> str:
+    """What the first network of the same arguments is called; empty if none has a name."""
+    alike = (one.network for _, one in found if one.network and one.backbone == result.backbone)
+    return next(alike, "") if result.backbone else ""
+
+
+def _kind(result: Result) -> Kind:
+    return result.architecture, result.backbone
+
+
+def _names_of(kinds: Sequence[Kind]) -> Iterator[str]:
+    """Architectures, with those of their arguments in which equal ones differ."""
+    for name, backbone in kinds:
+        others = [other for same, other in kinds if same == name]
+        own = [key for key, value in backbone.items() if any(key not in one or one[key] != value for one in others)]
+        apart = ", ".join(f"{key} {backbone[key]}" for key in own)
+        yield f"{name or MISSING} ({apart})" if apart else name or MISSING
 
 
 def _groups(own: Found) -> Iterator[Found]:
@@ -155,12 +183,16 @@ def _width(key: tuple[str, str]) -> tuple[int, ...]:
 
 
 def _merged(floats: Found) -> Found:
-    """Float networks with the same scores as one: several files have it, each with its test sets."""
+    """Float networks with the same scores as one: several files have it, each with its test sets.
+
+    Without a common test set they are one only if they have the same arguments.
+    """
     kept: Found = []
     for file, result in floats:
         for place, (first, other) in enumerate(kept):
             shared = set(other.scores) & set(result.scores)
-            if all(abs(other.scores[test].psnr - result.scores[test].psnr) < 0.005 for test in shared):
+            same = all(abs(other.scores[test].psnr - result.scores[test].psnr) < 0.005 for test in shared)
+            if same and (shared or other.backbone == result.backbone):
                 update = {"quality": {**result.scores, **other.scores}, "costs": other.costs or result.costs}
                 kept[place] = (first, other.model_copy(update=update))
                 break

@@ -61,7 +61,7 @@ AXES = {
 
 
 def tradeoff_plot(
-    rows: Sequence[Row], x: str, y: str, path: str | Path, *, title: str = "", front: bool = False
+    rows: Sequence[Row], x: str, y: str, path: str | Path, *, title: str = "", front: bool = False, below: str = ""
 ) -> None:
     """Draw one labelled dot per network.
 
@@ -77,6 +77,7 @@ def tradeoff_plot(
         path: ``.png`` or ``.svg``.
         title: Above the plot.
         front: Also draw the Pareto front: the most of ``y`` that is to be had for each ``x``.
+        below: Title of the ``x`` axis; that of :data:`AXES` by default, whose BitOPs are those of ``macs-bits``.
 
     Raises:
         ValueError: For an unknown key, another ending, or no row to draw.
@@ -102,6 +103,7 @@ def tradeoff_plot(
         size = 9.0 if open_others and not open_dot else 7.5  # a white edge makes a dot look smaller
         axes.plot(*point, linestyle="none", zorder=3, color=colour, marker=marker, markersize=size, **edge)
     _scale(axes, x, y, [value for value, _ in points])
+    axes.set_xlabel(below or AXES[x].title, fontsize=_TEXT)
     if front:
         best = pareto_front(points)
         axes.plot(*zip(*best), drawstyle="steps-post", color=_GREY, linewidth=1, linestyle=":", zorder=1)
@@ -224,8 +226,7 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 
 
 def _scale(axes: Axes, x: str, y: str, values: Sequence[float]) -> None:
-    """Titles, ticks and limits; room on the right for the labels."""
-    axes.set_xlabel(AXES[x].title, fontsize=_TEXT)
+    """Title of ``y``, ticks and limits; room on the right for the labels."""
     axes.set_ylabel(AXES[y].title, fontsize=_TEXT)
     axes.margins(y=0.1)
     low, high = min(values), max(values)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qsr_plugin.errors import suggest
+from qsr_plugin.report.paper_columns import Way, same_bits
 from qsr_plugin.report.result_io import ResultError, read_results
 from qsr_plugin.report.result_schema import FLOAT, Result
 
 #: Figures a point may have beside its PSNR: the key in the costs.
 FIGURES = ("fab", "bitops", "storage_bits")
+#: Why a network with costs may have no BitOPs on a set.
+_OTHER_BITS = ". Its costs were counted with other bits: choose their test set, or test on this one with 'qsr report'"
 _LONG = 3  # networks in a series from which on their labels are shortened
 
 
@@ -27,9 +30,10 @@ class Point:
         label: What to call the network.
         family: What networks have in common that differ in a setting only; the label but for its last word.
         test: Name of the test set.
-        figures: ``psnr`` (dB), and of :data:`FIGURES` what the file has.
+        figures: ``psnr`` (dB), and of :data:`FIGURES` what the file has; no BitOPs that were counted with other bits
+            than those on the set.
         adaptive: Whether it used more than one bit width.
-        way: Convention of the BitOPs and (height, width) they were counted at; ``None`` without costs.
+        way: How the BitOPs were counted; ``None`` without costs.
     """
 
     file: Path
@@ -38,7 +42,7 @@ class Point:
     test: str
     figures: Mapping[str, float]
     adaptive: bool
-    way: tuple[str, tuple[int, int]] | None
+    way: Way | None
 
 
 def read_points(path: Path) -> list[Point]:
@@ -69,6 +73,8 @@ def _labels(results: Sequence[Result]) -> Iterator[str]:
 def _points(path: Path, result: Result, label: str) -> Iterator[Point]:
     for test, quality in result.scores.items():
         costs = {} if result.costs is None else {name: getattr(result.costs, name) for name in FIGURES}
+        if costs and not same_bits(quality, result.costs):
+            costs["bitops"] = None
         own = {"psnr": quality.psnr, "fab": quality.fab, "bitops": quality.bitops}  # those on this set go first
         figures = {name: value for part in (costs, own) for name, value in part.items() if value is not None}
         for name, value in figures.items():
@@ -76,7 +82,7 @@ def _points(path: Path, result: Result, label: str) -> Iterator[Point]:
                 raise ResultError(f"{path}: {name} of {label} is {value}, expected a finite number")
         mixed = quality.bits is not None and quality.bits.varies
         adaptive = result.method != FLOAT and (mixed or not float(figures.get("fab", 0)).is_integer())
-        way = None if result.costs is None else (result.costs.convention, result.costs.input_size)
+        way = None if result.costs is None else Way.of(result.costs)
         yield Point(path, label, label.rpartition(" ")[0] or label, test, figures, adaptive, way)
 
 
@@ -135,10 +141,11 @@ def rows_of(points: Sequence[Point], x: str) -> list[dict[str, Any]]:
     networks = [point for point in points if point.label != FLOAT]
     for point in networks:
         if x not in point.figures:
-            raise ResultError(f"{point.file}: {point.label} has no '{x}'; it has {', '.join(point.figures)}")
+            has = f"{point.label} has no '{x}' on '{point.test}'; it has {', '.join(point.figures)}"
+            raise ResultError(f"{point.file}: {has}{_OTHER_BITS if x == 'bitops' and point.way else ''}")
     ways = {point.way: point.file for point in networks}
     if x == "bitops" and len(ways) > 1:
-        found = "; ".join(f"{path}: {name} at {h}x{w}" for (name, (h, w)), path in ways.items())
+        found = "; ".join(f"{path}: {way or 'not told'}" for way, path in ways.items())
         raise ResultError(f"BitOPs that are counted in different ways cannot share an axis. {found}")
     often = Counter(point.label for point in networks)
     named = [

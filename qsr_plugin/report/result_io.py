@@ -4,7 +4,8 @@
 :class:`ResultTable`. Every command writes its results here, and whatever uses them reads them here. Infinity and NaN
 are the strings ``inf`` and ``nan``.
 
-The version rises when a key changes its meaning or goes away, not when one is added that may be left out.
+Unknown keys are refused, so the version rises with every change of the keys, also when one is added that may be left
+out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from qsr_plugin.report.result_schema import Result, ResultTable
 
 #: What ``schema`` says in every result file.
 SCHEMA, VERSION = "qsr-results", 1
+
+_OTHER_VERSION = f"Written by another version of qsr_plugin? This is {__version__}: make the results again with it"
 
 Document = TypeVar("Document", Result, ResultTable)
 
@@ -92,4 +95,6 @@ def _as(kind: type[Document], data: dict[str, Any], path: str | Path) -> Documen
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ResultError(f"{path}: {explain(error, kind, data, 'results')}") from None
+        unknown = any(item["type"] == "extra_forbidden" for item in error.errors(include_url=False))
+        told = f"{path}: {explain(error, kind, data, 'results')}"
+        raise ResultError(f"{told} {_OTHER_VERSION}" if unknown else told) from None

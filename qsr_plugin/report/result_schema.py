@@ -1,7 +1,8 @@
 """The form of all results: what was measured, its quality on every test set, its costs, and what making it took.
 
 Files of this form are written and read by :mod:`qsr_plugin.report.result_io`: one network is a :class:`Result`,
-several are a :class:`ResultTable`.
+several are a :class:`ResultTable`. They refuse unknown keys, so every change of the keys raises
+the version of the files.
 """
 
 from __future__ import annotations

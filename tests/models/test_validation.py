@@ -9,7 +9,7 @@ import torch
 from basicsr.models.sr_model import SRModel
 from torch import nn
 
-from qsr_plugin.models import validation
+from qsr_plugin.models import validation, validation_results
 from qsr_plugin.models.validation import Validation
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.report.result_io import read_results
@@ -104,6 +104,19 @@ def test_results_are_written(adaptive: nn.Module, folder: Path, monkeypatch: pyt
     (result,) = read_results(folder / "results" / "results.json")
     assert result.quality["Set2"].patches == result.costs.patches == cut
     assert result.model == "net.pth" and result.training is None
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(
+    adaptive: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log names the file and the reason."""
+    (folder / "runs").write_text("a file where a folder should be")
+    warnings = Lines()
+    monkeypatch.setattr(warnings, "warning", warnings.append, raising=False)
+    monkeypatch.setattr(validation_results, "get_root_logger", lambda: warnings)
+    assert "\t # FAB Set2: 5.000" in validate(model_of(adaptive), monkeypatch)
+    (said,) = warnings
+    assert said.startswith(f"{Path('runs') / 'results.json'} was not written") and "exists" in said
 
 
 def test_no_psnr_no_results(adaptive: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

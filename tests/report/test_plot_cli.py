@@ -134,9 +134,9 @@ def test_mistakes_about_bits(qsr, network: Path, photo: Path, tmp_path: Path, ar
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("b")]
 
 
-def results(path: Path, psnr: float, fab: float) -> Path:
+def results(path: Path, psnr: float, fab: float, convention: str = "macs-bits") -> Path:
     """What ``qsr report --json`` writes, as far as it is looked at."""
-    way = {"convention": "macs-bits", "input_size": (180, 320), "parameters": 1, "macs": 1}
+    way = {"convention": convention, "input_size": (180, 320), "parameters": 1, "macs": 1}
     costs = Costs(fab=fab, bitops=1e9 * fab, storage_bits=80000, **way)
     quality = {"Set5": Quality(psnr=psnr, fab=fab), "Set14": Quality(psnr=psnr - 3, fab=fab)}
     write_results(Result(label="mine W4A4", method="mine", quality=quality, costs=costs), path)
@@ -160,6 +160,14 @@ def test_tradeoff_of_some_files(qsr, tmp_path: Path, monkeypatch: pytest.MonkeyP
     dots = [line for line in axes.lines if len(line.get_xydata()) == 1]
     filled = {tuple(dot.get_xydata()[0]): dot.get_markerfacecolor() != "white" for dot in dots}
     assert filled == {(3.5, 27.0): True, (3.75, 27.5): True, (4.0, 27.25): False}
+
+
+def test_the_axis_says_how_operations_were_counted(qsr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr("qsr_plugin.report.plots.save_figure", lambda figure, path: figures.append(figure))
+    said, error = qsr("tradeoff", results(tmp_path / "a.json", 30.0, 4.0, "quantsr"), "-o", "t.png", "--x", "bitops")
+    assert error is None, said
+    assert figures[0].axes[0].get_xlabel() == "Ops of one image (quantsr, 180x320)"
 
 
 @pytest.mark.parametrize(

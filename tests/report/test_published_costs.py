@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ NETWORKS = {
     "RDN": ("rdn_x4", {}),
     "SwinIR": ("swinir_light_x4", {}),
     "SwinIR x2": ("swinir_light_x2", {}),
+    "HAT-S": ("hat_s_x4", {}),
 }
 #: One seam of 6 pixels in 180 x 320, as patches of 160 make it, and the released cropping.
 SEAM = (("size", 160), ("overlap", 6), ("last", "enlarge"))
@@ -43,9 +44,9 @@ _PORTS = ("input", "weight")
 
 @cache
 def network(backbone: str, method: str, bits: int | None, also: str) -> nn.Module:
-    """A network, without data where that is possible: float, or with the convolutions of its body quantized, and those of the role ``also``.
+    """A network, without data where that is possible: float, or with convolutions quantized.
 
-    Without ``bits`` the recipe's own; ``also`` has 8 then.
+    These are those of its body and of the role ``also``. Without ``bits`` the recipe's own; ``also`` has 8 then.
     """
     name, changes = NETWORKS[backbone]
     with torch.random.fork_rng():
@@ -99,6 +100,18 @@ def quantsr_c(figure: str, bits: int, blocks: int, convention: str) -> float:
 
 def quantsr_t(figure: str, bits: int, blocks: int, convention: str) -> float:
     return getattr(costs(convention, "SwinIR x2", "quantsr", bits, depth=blocks), figure)
+
+
+def table_2(kind: str, figure_of: Callable[..., float], depths: tuple[int, ...]) -> dict[str, Callable[[], float]]:
+    """Both figures of a table's rows by the rows' names; ``figure_of`` takes figure, bits, blocks and convention."""
+    return {
+        f"{kind}, {bits} bits, {blocks} {'block' if blocks == 1 else 'blocks'}, {name}, {convention}": partial(
+            figure_of, figure, bits, blocks, convention
+        )
+        for bits, convention in ((4, "quantsr"), (2, "quantsr-printed"), (2, "quantsr"))
+        for blocks in depths
+        for name, figure in (("Params", "scaled_parameters"), ("Ops", "bitops"))
+    }
 
 
 def saved(figure: str, digits: int | None = None) -> float:
@@ -180,29 +193,14 @@ OURS: dict[str, Callable[[], float]] = {
     "EDSR-baseline, all layers, W8A8": lambda: whole_edsr(8),
     "EDSR-baseline, all layers, FQR 5.90": lambda: (317.5e9 - 16 * cadyq("EDSR")) / 16 + cadyq("EDSR", "cadyq", 5.9),
     # QuantSR
-    **{
-        f"C, {bits} bits, {blocks} {'block' if blocks == 1 else 'blocks'}, {name}, {convention}": lambda values=(figure, bits, blocks, convention): (
-            quantsr_c(*values)
-        )
-        for bits, convention in ((4, "quantsr"), (2, "quantsr-printed"), (2, "quantsr"))
-        for blocks in (32, 16, 8)
-        for name, figure in (("Params", "scaled_parameters"), ("Ops", "bitops"))
-    },
+    **table_2("C", quantsr_c, (32, 16, 8)),
     "C, 2 bits, 16 blocks, Params saved": lambda: saved("scaled_parameters", -3),
     "C, 2 bits, 16 blocks, Ops saved": lambda: saved("bitops"),
     "QuantSR+, 2 bits, 16 blocks, Params saved": lambda: saved("scaled_parameters"),
     "QuantSR+, 2 bits, 16 blocks, Ops saved": lambda: saved("bitops"),
     "T, 32 bits, 4 blocks, Params": lambda: costs("odm", "SwinIR").scaled_parameters,
     "T, 32 bits, 4 blocks, Ops": lambda: costs("quantsr", "SwinIR x2").bitops,
-    **{
-        f"T, {bits} bits, {blocks} {'block' if blocks == 1 else 'blocks'}, {name}, {convention}": lambda values=(figure, bits, blocks, convention): (
-            quantsr_t(*values)
-        )
-        for bits, convention in ((4, "quantsr"), (2, "quantsr-printed"), (2, "quantsr"))
-        for blocks in (4, 2, 1)
-        for name, figure in (("Params", "scaled_parameters"), ("Ops", "bitops"))
-        if (name, convention) != ("Params", "quantsr") or bits == 4
-    },
+    **table_2("T", quantsr_t, (4, 2, 1)),
     # ODM
     **{
         f"SwinIR-light, 2 bits, storage, {method.upper()}": lambda method=method: (
@@ -228,6 +226,12 @@ OURS: dict[str, Callable[[], float]] = {
 }
 UNITS = {"": 1.0, "x": 1.0, "%": 0.01, "K": 1e3, "G": 1e9, "T": 1e12}
 VERDICTS = ("reproduced", "fits", "open")
+
+
+@pytest.mark.parametrize(("backbone", "padded"), [("SwinIR", (184, 320)), ("HAT-S", (192, 320))])
+def test_windows_are_counted_on_the_padded_image(backbone: str, padded: tuple[int, int]) -> None:
+    counted = [costs("macs-bits", backbone, size=size).macs for size in ((180, 320), padded, (padded[0] + 1, 320))]
+    assert counted[0] == counted[1] < counted[2]
 
 
 def rows() -> list[tuple[str, str, str, str]]:

@@ -12,6 +12,7 @@ import pytest
 from qsr_plugin import complexity
 from qsr_plugin.report.evaluate import evaluate
 from qsr_plugin.report.fab import BitStatistics
+from qsr_plugin.report.paper_columns import Way
 from qsr_plugin.report.result_files import choose_set, read_points, rename, rows_of
 from qsr_plugin.report.result_io import ResultError, read_results, write_results
 from qsr_plugin.report.result_schema import Costs, Quality, Result, ResultTable, described
@@ -69,10 +70,10 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_a_quantized_network(tmp_path: Path) -> None:
-    """Mean bits are those on the set, all other costs those of the network; the float one has its scores alone."""
+    """Mean bits are those on the set, its size that of the network; the float one has its scores alone."""
     reference, mine = read_points(quantized(tmp_path / "q.json"))
     assert reference.figures == {"psnr": 31.0, "fab": 32.0} and reference.way is None
-    assert mine.figures == {"psnr": 30.0, "fab": 3.5, "bitops": 2e9, "storage_bits": 8000}
+    assert mine.figures == {"psnr": 30.0, "fab": 3.5, "storage_bits": 8000}
     assert mine.adaptive and not read_points(quantized(tmp_path / "q.json", fab=4.0))[1].adaptive
     (result,) = read_results(tmp_path / "q.json")[1:]
     bits = BitStatistics(4.0, 2.0, (3.0, 4.0, 5.0), 6.0, {"2": 0.5, "6": 0.5}, {"body.0.input": 4.0}, {})
@@ -112,7 +113,7 @@ def test_a_report_of_a_real_network(tiny, write_images, tmp_path: Path) -> None:
     assert point.figures == {
         "psnr": pytest.approx(score.psnr), "fab": 4.0, "bitops": counted.bitops, "storage_bits": counted.storage_bits,
     }  # fmt: skip
-    assert point.way == ("macs-bits", (180, 320))
+    assert point.way == Way("macs-bits", (180, 320), "whole images")
 
 
 def test_sets(tmp_path: Path) -> None:
@@ -173,13 +174,34 @@ def test_missing_files_and_figures_are_explained(tmp_path: Path) -> None:
         read_points(tmp_path / "none.json")
     (result,) = read_results(quantized(tmp_path / "q.json"))[1:]
     write_results(result.model_copy(update={"costs": None}), tmp_path / "q.json")
-    with pytest.raises(ResultError, match=r"q\.json: mine W4A4 has no 'storage_bits'; it has psnr, fab"):
+    with pytest.raises(ResultError, match=r"q\.json: mine W4A4 has no 'storage_bits' on 'A'; it has psnr, fab$"):
         rows_of(choose_set(read_points(tmp_path / "q.json")), "storage_bits")
 
 
-def test_bitops_of_two_conventions_are_refused(tmp_path: Path) -> None:
-    points = read_points(quantized(tmp_path / "a.json"))
-    points += read_points(quantized(tmp_path / "b.json", label="other W4A4", convention="cadyq", input_size=[90, 160]))
+def test_bitops_need_the_bits_of_the_set(tmp_path: Path) -> None:
+    """Costs are counted with the bits chosen on one set: there they count, on another one only what was written."""
+    quality = {
+        "A": Quality(psnr=30, fab=4.0),
+        "B": Quality(psnr=29, fab=3.5),
+        "C": Quality(psnr=28, fab=3.5, bitops=1e9),
+    }
+    write_results(Result(label="m W4A4", method="m", quality=quality, costs=costs(4.0, 2e9)), tmp_path / "r.json")
+    points = read_points(tmp_path / "r.json")
+    assert [point.figures.get("bitops") for point in points] == [2e9, None, 1e9]
+    with pytest.raises(ResultError, match=r"m W4A4 has no 'bitops' on 'B'; .* counted with other bits: choose their"):
+        rows_of(choose_set(points, "B"), "bitops")
+
+
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [
+        ({"convention": "cadyq", "input_size": [90, 160]}, "cadyq, 90x160"),
+        ({"protocol": "patches of 96x96"}, "macs-bits, 180x320, patches of 96x96"),
+    ],
+)
+def test_bitops_counted_in_two_ways_are_refused(tmp_path: Path, way: dict[str, Any], told: str) -> None:
+    points = read_points(quantized(tmp_path / "a.json", fab=4.0))
+    points += read_points(quantized(tmp_path / "b.json", fab=4.0, label="other W4A4", **way))
     assert len(rows_of(points, "fab")) == 3
-    with pytest.raises(ResultError, match=r"a\.json: macs-bits at 180x320; .*b\.json: cadyq at 90x160"):
+    with pytest.raises(ResultError, match=rf"a\.json: macs-bits, 180x320; .*b\.json: {told}"):
         rows_of(points, "bitops")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from qsr_plugin import __version__, complexity
 from qsr_plugin.data.patches import PatchOptions
 from qsr_plugin.report.evaluate import evaluate
+from qsr_plugin.report.fab import BitStatistics
 from qsr_plugin.report.result_io import (
     SCHEMA,
     VERSION,
@@ -25,6 +28,7 @@ from qsr_plugin.report.result_io import (
 from qsr_plugin.report.result_schema import (
     CalibrationImages,
     Costs,
+    ImageQuality,
     Quality,
     Result,
     ResultTable,
@@ -116,7 +120,8 @@ OURS = {"name": SCHEMA, "version": VERSION}
         ({"schema": {"name": SCHEMA}}, "version None"),
         ({"schema": OURS}, "results.label: required, but not given"),
         ({"schema": OURS, "rows": 3}, r"results\.rows: .*tuple"),
-        ({"schema": OURS, "label": "a", "qualty": {}}, "results.qualty: unknown key. Did you mean 'quality'"),
+        ({"schema": OURS, "label": "a", "qualty": {}}, "results.qualty: unknown key. Did you mean 'quality'.*"
+         f"another version of qsr_plugin.*{__version__}: make the results again"),
         ({"schema": OURS, "label": "a", "quality": {"A": {"ssim": 1}}}, r"results\.quality\.A\.psnr: required"),
         ({"schema": OURS, "label": "a", "quality": {"A": {"psnr": "30"}}}, r"quality\.A\.psnr: is '30', expected a number"),
         ({"schema": OURS, "rows": [{"label": "a", "quality": {"A": {"psnr": True}}}]}, r"rows\[0\]\.quality\.A\.psnr: is True"),
@@ -128,6 +133,15 @@ def test_what_is_no_result_file_is_told(tmp_path: Path, data: Any, says: str) ->
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     with pytest.raises(ResultError, match=rf"r\.json.*{says}"):
         read_results(path)
+
+
+def test_the_version_rises_with_every_change_of_the_keys() -> None:
+    """Unknown keys are refused. If this fails: raise VERSION, and put the new number and digest here."""
+    parts = (ImageQuality, Quality, Costs, CalibrationImages, Training, Result, ResultTable)
+    keys = {part.__name__: sorted(part.model_fields) for part in parts}
+    keys["BitStatistics"] = sorted(field.name for field in dataclasses.fields(BitStatistics))
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
+    assert (VERSION, digest) == (1, "92747d0e")
 
 
 def test_other_files_can_be_told_from_broken_ones(tmp_path: Path) -> None:

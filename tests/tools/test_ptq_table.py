@@ -23,8 +23,8 @@ from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.report.ptq_plot import ptq_plot
 from qsr_plugin.report.ptq_rows import PtqRow, networks_of, to_csv, to_html, to_markdown
 from qsr_plugin.report.result_files import read_points
-from qsr_plugin.report.result_io import read_table
-from qsr_plugin.report.result_schema import Quality, Result
+from qsr_plugin.report.result_io import read_table, write_results
+from qsr_plugin.report.result_schema import Quality, Result, ResultTable
 from tests.host.harness import write_photos
 
 
@@ -219,6 +219,15 @@ def test_what_cannot_be_is_refused_before_any_work(data: Path, tmp_path: Path) -
     (tmp_path / "ptq.json").write_text('{"rows": 3}')
     with pytest.raises(PtqTableError, match="no table of post-training methods: give another folder with -o"):
         ptq_table.kept_rows(tmp_path)
+
+
+def test_rows_of_another_command_are_not_deleted(jobs: list[Job], made: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "ptq.json"
+    write_results(ResultTable(rows=(jobs[0].result(), Result(label="pams W4A4"))), path)
+    before = path.read_text()
+    with pytest.raises(PtqTableError, match=r"ptq\.json: row '.*' does not say .*another folder with -o"):
+        make_table(jobs, tmp_path)
+    assert path.read_text() == before and made == []
 
 
 def test_a_network_is_recognised_from_its_weights() -> None:

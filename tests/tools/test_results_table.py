@@ -160,6 +160,34 @@ def test_files_that_belong_together_are_joined(tmp_path: Path) -> None:
     assert rows[0][head.index("B100 PSNR")] == "27.50" and rows[0][head.index("Set5 PSNR")] == "32.10"
 
 
+def test_networks_without_a_name_are_told_apart_by_their_arguments(tmp_path: Path) -> None:
+    """Equal architectures of other arguments are no group: nothing is ranked, no float networks are merged."""
+    for blocks, psnr in ((16, 30.0), (32, 31.0)):
+        said = {"architecture": "EDSR x4", "backbone": {"type": "EDSR", "num_block": blocks, "upscale": 4}}
+        plain = Result(label="float", quality={f"Set{blocks}": Quality(psnr=32.0)}, **said)
+        quality = {"Set5": Quality(psnr=psnr)}
+        mine = Result(label="pams W4A4", method="pams", bits="W4A4", quality=quality, reference=plain, **said)
+        write_results(mine, tmp_path / f"{blocks}.json")
+    named = quantized("pams", 32.0, backbone={"type": "RDN"}, architecture="EDSR x4")
+    write_results(named, tmp_path / "named.json")
+    _, *rows = lines(to_markdown(paper_table(collect([tmp_path]), "odm", ["Set5"])))
+    assert [(row[0], row[1], row[3]) for row in rows] == [
+        ("EDSR x4 (num_block 16)", "float", "-"), ("EDSR x4 (num_block 16)", "pams", "30.00"),
+        ("EDSR x4 (num_block 32)", "float", "-"), ("EDSR x4 (num_block 32)", "pams", "31.00"),
+        ("edsr", "pams", "32.00"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("blocks", "lines_of_float"), [(16, 1), (32, 2)])
+def test_float_networks_without_a_common_set_need_the_same_arguments(blocks: int, lines_of_float: int) -> None:
+    found = [
+        (Path(f"{name}.json"), Result(label="float", network="n", backbone={"num_block": b}, quality=quality))
+        for name, b, quality in (("a", 16, {"A": Quality(psnr=30)}), ("b", blocks, {"B": Quality(psnr=30)}))
+    ]
+    (group,) = paper_table(found, "odm").groups
+    assert len(group) == lines_of_float
+
+
 class Cells(HTMLParser):
     """Texts of a page's table by row, with marks."""
 
