@@ -97,5 +97,7 @@ def pad_to_windows(net: nn.Module) -> nn.Module:
     """
     if not isinstance(net, SwinIR):
         return net
-    net.rebuilt_buffers = frozenset(key for key in net.state_dict() if key.rpartition(".")[2] in _WINDOW_TABLES)
+    for part in net.modules():
+        if tables := [key for key, table in part.named_buffers(recurse=False) if key in _WINDOW_TABLES]:
+            part.rebuilt_buffers = frozenset(tables)
     return pad_input(net, net.upscale, multiple=net.layers[0].residual_group.blocks[0].window_size)

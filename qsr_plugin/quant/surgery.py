@@ -137,9 +137,10 @@ def plugin_keys(net: nn.Module) -> set[str]:
 def rebuilt_buffers(net: nn.Module) -> frozenset[str]:
     """Names of buffers that building a network makes anew: files may lack them, and sizes do not count them.
 
-    They are those in its attribute ``rebuilt_buffers``, which its class or what builds it sets.
+    They are those in the attribute ``rebuilt_buffers`` of the network and of modules in it, as seen from there.
     """
-    return frozenset(getattr(net, "rebuilt_buffers", ()))
+    parts = ((name, getattr(part, "rebuilt_buffers", ())) for name, part in net.named_modules())
+    return frozenset(f"{name}.{key}" if name else key for name, keys in parts for key in keys)
 
 
 def persistent_state(net: nn.Module) -> dict[str, Tensor]:
