@@ -293,8 +293,8 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
         net = QuantNet(*described)
     except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
-    problems = key_differences(net.state_dict(), with_rebuilt(net, content))
+    problems = key_differences(net.state_dict(), state := with_rebuilt(net, content))
     if problems:
         raise CheckpointError(f"{path} does not hold the network it describes:\n  " + "\n  ".join(problems[:8]))
-    net.load_state_dict({**net.state_dict(), **content})
+    net.load_state_dict(state)
     return net.eval()
