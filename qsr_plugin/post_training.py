@@ -58,7 +58,7 @@ def post_train(
     seconds: dict[str, float] = {}
     net, fragile = _calibrated(float_net, recipe, crops, seconds, progress), ()
     if recipe.fragile is not None:
-        from qsr_plugin.fragile_layers import with_fragile_places
+        from qsr_plugin.fragile_places import with_fragile_places
 
         begun = perf_counter()
         raised = with_fragile_places(net, float_net, crops, progress=progress)

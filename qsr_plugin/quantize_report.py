@@ -120,8 +120,9 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     for line in layer_lines(groups):
         console.print(line, highlight=False, markup=False)
     if made.fragile:
-        raised = len({place.rpartition(".")[0] for place in made.fragile})
-        console.print(f"{settings.label}: the + is for {raised} fragile layers with more bits", highlight=False)
+        console.print(
+            f"{settings.label}: the + is for more bits at {len(made.fragile)} fragile places", highlight=False
+        )
     likeness = _likeness(nets, crops)
     console.print(f"output on calibration images: {likeness:.1f} dB from the float network's", highlight=False)
     if likeness < _ALIKE:

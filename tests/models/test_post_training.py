@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsr_plugin import fragile_layers, load_recipe
+from qsr_plugin import fragile_places, load_recipe
 from qsr_plugin.post_training import post_train
 from qsr_plugin.quant.schema import Rule
 from qsr_plugin.quant.surgery import quantizers
@@ -50,7 +50,7 @@ def test_fragile_places_get_their_bits_before_the_tuning(tiny_net, images, monke
         rules = (*net.recipe.rules, Rule(match="body.0.conv1", port="input", bits=8, in_fab=True))
         return net.recipe.model_copy(update={"placements": {**net.recipe.placements, "body": rules}})
 
-    monkeypatch.setattr(fragile_layers, "with_fragile_places", raised)
+    monkeypatch.setattr(fragile_places, "with_fragile_places", raised)
     asked = recipe("percentile_ft", stages=STAGES, fragile={"bits": 8, "budget": 0.1})
     made = post_train(tiny_net(), asked, images)
     assert made.fragile == ("body.0.conv1.input",) and made.net.recipe == made.recipe != asked

@@ -1,8 +1,8 @@
-"""More bits for the layers that hurt most: which ones, within a budget of bit operations.
+"""More bits for the places that hurt most: which ones, within a budget of bit operations.
 
-After a calibration each layer of the body is quantized alone (:mod:`qsr_plugin.report.sensitivity`), at the recipe's
-bits and again at those of ``recipe.fragile``. What the damage falls by, for each bit operation that it costs, decides
-the order; layers are taken as long as the budget lasts.
+After a calibration each input and each weight of the body's layers is quantized alone
+(:mod:`qsr_plugin.report.sensitivity`), at the recipe's bits and again at those of ``recipe.fragile``. What the damage
+falls by, for each bit operation that it costs, decides the order; places are taken as long as the budget lasts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ logger = logging.getLogger("qsr_plugin")
 
 #: Damage is measured on the middle of so many images, of this side in LR pixels: the ranking needs no more.
 PROBES, PROBE = 16, 48
-#: Of many layers, on fewer images (at least two), so that no more than about so many of them pass.
+#: Of many places, on fewer images (at least two), so that no more than about so many of them pass.
 PASSES = 512
-#: A layer is worth more bits if it removes at least this share of what all of them together do alone.
+#: A place is worth more bits if it removes at least this share of what all of them do alone.
 SHARE = 0.01
 #: Ports of the two operands of a layer: the activation, and the weight or the right matrix.
 _OPERANDS = (("input", "left"), ("weight", "right"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     """A layer of the body.
 
@@ -56,20 +56,17 @@ class _Layer:
         )
         return self.cost.macs * act * weight
 
-    def below(self, bits: int) -> dict[str, Place]:
-        """Places with fewer bits."""
-        return {port: place for port, place in self.places.items() if place.bits < bits}
-
 
 def with_fragile_places(
     net: nn.Module, float_net: nn.Module, crops: Sequence[Tensor], *, progress: Progress = no_progress
 ) -> Recipe:
-    """The recipe of a calibrated network with more bits for the layers where they remove most damage for their cost.
+    """The recipe of a calibrated network with more bits for the places where they remove most damage for their cost.
 
-    Input and weight of a layer are raised together, to a width of ``recipe.fragile.bits``. The layers raised cost at
-    most the share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x
-    weight bits x activation bits; layers with bits of their own are no part of it. Layers that the recipe raises
-    already count as spent, so a recipe that comes from here comes back as it is unless there is room left.
+    Inputs and weights are raised each for itself, to a width of ``recipe.fragile.bits``. All of them cost at most the
+    share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight bits
+    x activation bits, so that the second operand of a layer costs more than the first; layers with bits of their own
+    are no part of it. Places that the recipe raises already count as spent, so a recipe that comes from here comes back
+    as it is unless there is room left.
 
     Args:
         net: Quantized with a recipe that has ``fragile``, calibrated; not changed.
@@ -79,7 +76,7 @@ def with_fragile_places(
 
     Returns:
         The recipe with a rule for each place raised, at the end of its placement; the same recipe if no place has fewer
-        bits than that, no layer fits, or none of those that fit matters.
+        bits than that, none fits, or none of those that fit matters.
 
     Raises:
         RecipeError: If the recipe has no ``fragile``, or a quantizer cannot do that many bits.
@@ -90,35 +87,58 @@ def with_fragile_places(
         raise RecipeError(f"method '{recipe.method}' has no 'fragile': add fragile: {{bits: 8, budget: 0.05}}")
     bits, body = _raised_to(recipe), _body(net, float_net)
     base = sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in body)
-    left = (1 + recipe.fragile.budget) * base - sum(layer.bitops({}) for layer in body)
-    prices = {
-        layer.cost.name: layer.bitops(dict.fromkeys(layer.below(bits), bits)) - layer.bitops({}) for layer in body
-    }
-    low = [layer for layer in body if layer.below(bits)]
-    able = [layer for layer in low if prices[layer.cost.name] <= left]
+    spent = sum(layer.bitops({}) for layer in body) - base
+    left = recipe.fragile.budget * base - spent
+    low = [(layer, port) for layer in body for port, place in layer.places.items() if place.bits < bits]
+    prices = {(layer.cost.name, port): layer.bitops({port: bits}) - layer.bitops({}) for layer, port in low}
+    able = [(layer, port) for layer, port in low if prices[layer.cost.name, port] <= left]
     if not able:
-        if low and len(low) == len(body):  # none was raised before
-            cheapest = min(prices[layer.cost.name] for layer in low) / base
+        if low and not spent:
             logger.info(
-                "no layer gets %d bits: the cheapest would add %.1f %% to the BitOPs of the body, and recipe.fragile "
+                "no place gets %d bits: the cheapest would add %.1f %% to the BitOPs of the body, and recipe.fragile "
                 "allows %.1f %%",
-                bits, 100 * cheapest, 100 * left / base,
+                bits, 100 * min(prices.values()) / base, 100 * left / base,
             )  # fmt: skip
         return recipe
-    groups = {layer.cost.name: frozenset(f"{layer.cost.name}.{port}" for port in layer.places) for layer in able}
+    groups = [frozenset([_name(layer, port)]) for layer, port in able]
     probes = _probes(crops, len(groups))
-    before, _ = output_errors(net, probes, groups.values(), progress=progress)
+    before, _ = output_errors(net, probes, groups, progress=progress)
+    least = SHARE * sum(before.values())
+    able = [(layer, port) for (layer, port), group in zip(able, groups) if before[group] > least]
+    groups = [group for group in groups if before[group] > least]  # no place removes more than it does
+    if not able:
+        return recipe
     raised = quantize_model(deepcopy(float_net), _with_rules(recipe, able))
     calibrate(raised, crops)
-    after, _ = output_errors(raised, probes, groups.values(), progress=progress)
-    removed = {name: before[group] - after[group] for name, group in groups.items()}
-    least, chosen = SHARE * sum(before.values()), []
-    for layer in sorted(able, key=lambda layer: -removed[layer.cost.name] / prices[layer.cost.name]):
-        price = prices[layer.cost.name]
-        if price <= left and removed[layer.cost.name] > least:
-            chosen.append(layer)
-            left -= price
+    after, _ = output_errors(raised, probes, groups, progress=progress)
+    removed = {min(group): before[group] - after[group] for group in groups}
+    chosen = _chosen([one for one in able if removed[_name(*one)] > least], removed, bits, left)
     return _with_rules(recipe, chosen) if chosen else recipe
+
+
+def _chosen(
+    able: list[tuple[_Layer, str]], removed: dict[str, float], bits: int, left: float
+) -> list[tuple[_Layer, str]]:
+    """One place after the other, always the one that removes most for each bit operation, as long as one fits."""
+    chosen: list[tuple[_Layer, str]] = []
+    widths: dict[str, dict[str, int]] = {layer.cost.name: {} for layer, _ in able}
+    while True:
+        prices = {}
+        for layer, port in able:
+            now = widths[layer.cost.name]
+            if port not in now:
+                prices[layer, port] = layer.bitops({**now, port: bits}) - layer.bitops(now)
+        fitting = [one for one, price in prices.items() if price <= left]
+        if not fitting:
+            return chosen
+        best = max(fitting, key=lambda one: removed[_name(*one)] / prices[one])
+        chosen.append(best)
+        widths[best[0].cost.name][best[1]] = bits
+        left -= prices[best]
+
+
+def _name(layer: _Layer, port: str) -> str:
+    return f"{layer.cost.name}.{port}"
 
 
 def _body(net: nn.Module, float_net: nn.Module) -> list[_Layer]:
@@ -135,10 +155,10 @@ def _body(net: nn.Module, float_net: nn.Module) -> list[_Layer]:
     ]
 
 
-def _probes(crops: Sequence[Tensor], layers: int) -> list[Tensor]:
-    """The middle of images that are spread evenly over the crops; of many layers, of fewer images."""
+def _probes(crops: Sequence[Tensor], places: int) -> list[Tensor]:
+    """The middle of images that are spread evenly over the crops; of many places, of fewer images."""
     images = [image for batch in crops for image in batch.split(1)]
-    count = min(PROBES, max(2, PASSES // layers))
+    count = min(PROBES, max(2, PASSES // places))
     chosen = images[:: max(1, len(images) // count)][:count]
     return [_middle(_middle(image, -1), -2) for image in chosen]
 
@@ -156,10 +176,10 @@ def _raised_to(recipe: Recipe) -> int:
     return recipe.fragile.above(min(recipe.bits.weight, recipe.bits.act))
 
 
-def _with_rules(recipe: Recipe, layers: Sequence[_Layer]) -> Recipe:
-    """The recipe with these layers at the bits of its ``fragile``, by rules in this order."""
+def _with_rules(recipe: Recipe, chosen: Sequence[tuple[_Layer, str]]) -> Recipe:
+    """The recipe with these places at the bits of its ``fragile``, by rules in this order."""
     bits = _raised_to(recipe)
-    rules = [_raised(recipe, place, bits) for layer in layers for place in layer.below(bits).values()]
+    rules = [_raised(recipe, layer.places[port], bits) for layer, port in chosen]
     placements = {**recipe.placements, recipe.placement: (*recipe.rules, *rules)}
     return recipe.model_copy(update={"placements": placements})
 
