@@ -2,11 +2,13 @@
 
 Min-max: Jacob et al., CVPR 2018. Percentile: Li et al., CVPR 2019. OMSE follows the
 comparison in AdaBM (Hong and Lee, CVPR 2024). Activations use an asymmetric grid between two bounds, both of them
-levels; weights a symmetric one. Zero is a level of neither in general. Biases stay float.
+levels; weights a symmetric one. Zero is a level of neither in general, but of the grid ``zero_level``.
+Biases stay float.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -96,6 +98,40 @@ class AsymmetricQuantizer(_BoundedQuantizer):
         with torch.no_grad():
             width = TINY_RANGE + 1e-6 * self.lower.abs()
             self.upper.copy_(torch.maximum(self.upper, self.lower + width))
+
+
+@register_quantizer("zero_level")
+class ZeroLevelQuantizer(AsymmetricQuantizer):
+    """As :class:`AsymmetricQuantizer` with an integer zero point, so that engines can pad with zeros (Jacob et al.).
+
+    The range takes zero in, and both bounds move, by half a step at most, until zero is a level.
+    """
+
+    def quantize(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Fake-quantize ``x``."""
+        _, steps = int_limits(self.expand(bits, x), signed=False)
+        zero, moved = self._zero(steps)
+        bounds = (self.lower + moved, self.upper + moved)
+        return fake_quantize(x, self.upper - self.lower, steps, (-zero, steps - zero), bounds=bounds, ties=self.ties)
+
+    def qparams(self, bits: int | None = None) -> QParams:
+        """Grid at one bit width; the zero point is an integer."""
+        found = super().qparams(bits)
+        return replace(found, zero_point=self._zero(float(found.qmax))[0])
+
+    def _zero(self, steps: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Code of zero, and how far the bounds move for it; no gradient."""
+        lower = self.lower.detach()
+        step = (self.upper.detach() - lower) / steps
+        zero = torch.round(-lower / step)
+        return zero, -zero * step - lower
+
+    def project(self) -> None:
+        """Keep the upper bound above the lower one, and zero between them."""
+        with torch.no_grad():
+            self.lower.clamp_(max=0)
+            self.upper.clamp_(min=0)
+        super().project()
 
 
 @register_quantizer("symmetric")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer, SymmetricQuantizer
+from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer, SymmetricQuantizer, ZeroLevelQuantizer
 from tests.methods.asymmetric_examples import EXAMPLES, NAMES
 
 WEIGHT = torch.tensor([0.05, -0.1, 0.2, 0.3, -0.35, 0.9, -1.1, 0.12])
@@ -18,8 +18,10 @@ def close(got: Tensor, want: list | float, digits: int = 6) -> None:
     assert torch.allclose(got.detach().flatten(), torch.tensor(want).flatten(), atol=1.01 * 10**-digits, rtol=0), got
 
 
-def asymmetric(low: float, high: float, bits: int = 4) -> AsymmetricQuantizer:
-    q = AsymmetricQuantizer(AsymmetricQuantizer.Options(), (bits,), "act", 1)
+def asymmetric(
+    low: float, high: float, bits: int = 4, kind: type[AsymmetricQuantizer] = AsymmetricQuantizer
+) -> AsymmetricQuantizer:
+    q = kind(kind.Options(), (bits,), "act", 1)
     with torch.no_grad():
         q.set_range(torch.tensor(low), torch.tensor(high))
     q.mark_calibrated()
@@ -85,6 +87,46 @@ def test_exactly_on_a_bound_counts_as_inside() -> None:
     dx, dl, du = torch.autograd.grad(q(x).sum(), (x, q.lower, q.upper))
     assert dx.tolist() == [1.0, 1.0]
     close(torch.stack([dl, du]), [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "zero", "levels"),
+    [
+        (-0.6, 1.2, 2, [-0.514286, 1.285714]),  # step 1.8 / 7; -0.6 is 2.33 steps
+        (0.2, 1.4, 0, [0.0, 1.4]),  # zero is taken in
+        (-1.4, -0.7, 7, [-1.4, 0.0]),
+        (0.0, 0.7, 0, [0.0, 0.7]),
+    ],
+)
+def test_zero_is_a_level_of_its_grid(low: float, high: float, zero: int, levels: list[float]) -> None:
+    q = asymmetric(low, high, 3, ZeroLevelQuantizer)
+    grid = q.qparams()
+    close(torch.stack([grid.zero_point, (q.upper - q.lower) / 7]), [zero, grid.scale.item()])
+    close(q(torch.tensor([-9.0, 9.0])), levels)
+    assert q(torch.zeros(1)).item() == 0
+    x = 4 * torch.rand(401, generator=torch.Generator().manual_seed(0)) - 2  # none halfway between two levels
+    codes = torch.clamp(torch.round(x / grid.scale), -zero, 7 - zero)
+    close(q(x), (codes * grid.scale).tolist())
+
+
+def test_gradients_between_the_moved_bounds() -> None:
+    """Inside, with step s = (u - l) / 7: (1, (x - x_q) / (u - l), (x_q - x) / (u - l)); beyond a bound it alone gets 1."""
+    q = asymmetric(-0.6, 1.2, 3, ZeroLevelQuantizer)
+    for value, outside in ((-0.55, (0.0, 1.0, 0.0)), (-0.4, None), (1.25, None), (1.3, (0.0, 0.0, 1.0))):
+        x = torch.tensor([value], requires_grad=True)
+        out = q(x)
+        slope = (out.item() - value) / 1.8
+        grads = torch.autograd.grad(out.sum(), (x, q.lower, q.upper))
+        close(torch.stack([grad.sum() for grad in grads]), list(outside or (1.0, -slope, slope)), 5)
+
+
+def test_training_keeps_zero_between_the_bounds() -> None:
+    q = asymmetric(-0.1, 0.1, 4, ZeroLevelQuantizer)
+    with torch.no_grad():
+        q.lower.fill_(0.3)
+        q.upper.fill_(0.2)
+    q.project()
+    assert q.lower.item() == 0 and abs(q.upper.item() - 0.2) < 1e-6 and q(torch.zeros(1)).item() == 0
 
 
 def test_weights() -> None:
