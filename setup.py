@@ -14,6 +14,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "qsr_plugin" / "__init__.py").read_text("utf-8")).group(1)
 SPANDREL = ["spandrel>=0.4"]  # networks known from their weights alone
+DEPLOY = ["onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4", "onnxscript>=0.2"]  # engines, and files for them
 MAPPED = {"qsr_plugin.archs": "archs", "qsr_plugin.options": "options", "qsr_plugin.assets": "assets"}
 
 
@@ -51,7 +52,17 @@ setup(
     install_requires=requirements(),
     extras_require={
         "spandrel": SPANDREL,
-        "test": ["pytest>=7", "pytest-timeout", "hypothesis", "build", "pip>=22.3", "setuptools>=70.1", *SPANDREL],
+        "deploy": DEPLOY,
+        "test": [
+            "pytest>=7",
+            "pytest-timeout",
+            "hypothesis",
+            "build",
+            "pip>=22.3",
+            "setuptools>=70.1",
+            *SPANDREL,
+            *DEPLOY,
+        ],
     },
     entry_points={"console_scripts": ["qsr = qsr_plugin.cli:main"]},
 )

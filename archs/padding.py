@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
-from basicsr.archs.swinir_arch import SwinIR
+import torch
+from basicsr.archs.swinir_arch import SwinIR, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +83,39 @@ def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, s
     net.__class__ = _padded(type(net))
     net.pad_scale, net.pad_multiple, net.pad_minimum, net.pad_square = scale, multiple, minimum, square
     return net
+
+
+def without_padding(net: nn.Module) -> nn.Module:
+    """Undo :func:`pad_input`, in place; ``pad_multiple``, ``pad_minimum`` and ``pad_square`` still say what is needed.
+
+    Masks of the host's shifted windows are computed without writing into slices, so that exporters can follow.
+    """
+    if isinstance(net, PaddedInput):
+        net.__class__ = type(net).__bases__[1]
+    for part in net.modules():
+        if isinstance(part, SwinTransformerBlock):
+            part.calculate_mask = partial(shift_mask, window=part.window_size, shift=part.shift_size)
+    return net
+
+
+def shift_mask(size: tuple[int, int], window: int, shift: int) -> Tensor:
+    """What keeps pixels of shifted windows apart that are no neighbours in the image.
+
+    Args:
+        size: Height and width, multiples of ``window``.
+        window: Side of a window.
+        shift: How far windows are shifted, more than 0 and less than ``window``.
+
+    Returns:
+        (windows, window^2, window^2): 0, or -100 for a pair that is kept apart.
+    """
+    rows, columns = (
+        (places >= side - window).int() + (places >= side - shift).int()
+        for places, side in ((torch.arange(side), side) for side in size)
+    )
+    kinds = (3 * rows.unsqueeze(1) + columns).view(size[0] // window, window, size[1] // window, window)
+    kinds = kinds.transpose(1, 2).reshape(-1, window * window)
+    return -100.0 * (kinds.unsqueeze(1) != kinds.unsqueeze(2)).float()
 
 
 @cache

@@ -15,6 +15,8 @@ from qsr_plugin import import_hook
 if TYPE_CHECKING:
     from qsr_plugin.archs.roles import list_backbones
     from qsr_plugin.checkpoint import load_quantized, save_quantized
+    from qsr_plugin.deploy.folding import fold
+    from qsr_plugin.deploy.onnx_export import export_onnx
     from qsr_plugin.quant.calibrate import calibrate
     from qsr_plugin.quant.depth import set_depth, slim
     from qsr_plugin.quant.recipe import Recipe, list_methods, load_recipe
@@ -27,6 +29,8 @@ _HOME = {
     "Recipe": "qsr_plugin.quant.recipe",
     "calibrate": "qsr_plugin.quant.calibrate",
     "complexity": "qsr_plugin.report.complexity",
+    "export_onnx": "qsr_plugin.deploy.onnx_export",
+    "fold": "qsr_plugin.deploy.folding",
     "list_backbones": "qsr_plugin.archs.roles",
     "list_methods": "qsr_plugin.quant.recipe",
     "load_quantized": "qsr_plugin.checkpoint",

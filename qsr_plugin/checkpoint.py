@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
@@ -21,14 +18,16 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from qsr_plugin import __version__
+from qsr_plugin.atomic import check_writable, write_atomically
 from qsr_plugin.errors import UserError
+from qsr_plugin.foreign_files import foreign_kind
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.surgery import persistent_state, plugin_keys, rebuilt_buffers, with_rebuilt
 
 logger = logging.getLogger("qsr_plugin")
 
-#: Layout of the metadata in our files; raised when an older reader could misread a newer file.
-FORMAT = 1
+#: Layouts of our files, of plain and of packed weights; raised when an older reader could misread a newer file.
+FORMAT, PACKED_FORMAT = 1, 2
 _SUFFIX_HELP = "expected a state dict saved as .pth (torch.save of tensors) or .safetensors"
 
 
@@ -37,37 +36,6 @@ class CheckpointError(UserError, RuntimeError):
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> None:
-    """Write a file so that a crash leaves either the old or the new one, never half.
-
-    Args:
-        path: Final place.
-        write: Called with a temporary path in the same folder.
-
-    Raises:
-        OSError: If writing failed (disk full, no permission); the final place is untouched.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
-            raise OSError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
-        raise
 
 
 def save_torch(data: Mapping[str, Any], path: Union[str, Path]) -> None:
@@ -92,9 +60,19 @@ def save_quantized(net: nn.Module, path: Union[str, Path]) -> None:
     check_quantized_path(path)
     if getattr(net, "recipe", None) is None:
         raise CheckpointError(f"{type(net).__name__} is not quantized: call quantize_model(net, recipe) first")
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in persistent_state(net).items()}
-    data = safetensors_bytes(tensors, metadata=metadata_of(net))
+    if getattr(net, "folded", False):
+        raise CheckpointError(
+            "the weights of this network are folded (qsr_plugin.fold, or a packed file), it has no float ones to save. "
+            "Use qsr_plugin.deploy.packed.save_packed, or the network it was folded from"
+        )
+    data = serialized(net)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def serialized(net: nn.Module) -> bytes:
+    """What :func:`save_quantized` writes of a quantized network."""
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in persistent_state(net).items()}
+    return safetensors_bytes(tensors, metadata=metadata_of(net))
 
 
 def check_quantized_path(path: Union[str, Path]) -> None:
@@ -106,9 +84,7 @@ def check_quantized_path(path: Union[str, Path]) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"'{path}': quantized networks are saved as .safetensors; change the ending")
-    probe = Path(path).with_suffix(".probe")
-    write_atomically(probe, lambda temporary: None)
-    probe.unlink()
+    check_writable(path)
 
 
 def metadata_of(net: nn.Module) -> dict[str, str]:
@@ -148,7 +124,7 @@ def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file ({error}): get it again") from None
-    kind = _foreign_kind(path)
+    kind = foreign_kind(path)
     if kind:
         raise CheckpointError(f"{path} is {kind}; {_SUFFIX_HELP}")
     try:
@@ -168,25 +144,6 @@ def read_file(path: Union[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(content), {}
 
 
-def _foreign_kind(path: Path) -> str:
-    """What a file is if it is certainly no state dict, else an empty string."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        return "empty (zero bytes)"
-    if head.lstrip()[:1] == b"<":
-        return "an HTML or XML page (a failed download?)"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself (run 'git lfs pull')"
-    if path.suffix == ".onnx":
-        return "an ONNX model"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any("/code/" in name for name in archive.namelist()):
-                return "a TorchScript program"
-    return ""
-
-
 def state_dict_in(content: Mapping[str, Any], path: Union[str, Path], prefer: str = "params_ema") -> dict[str, Tensor]:
     """Find the state dict in a checkpoint: under ``params_ema`` or ``params``, or bare; ``module.`` is stripped.
 
@@ -196,11 +153,16 @@ def state_dict_in(content: Mapping[str, Any], path: Union[str, Path], prefer: st
         prefer: Which of the two keys to take when both are there.
 
     Raises:
-        CheckpointError: If there are no tensors in it.
+        CheckpointError: If there are no tensors in it, or it is a packed file.
     """
     keys = [prefer, "params_ema", "params"]
     state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    if any(key.endswith(".weight.codes") for key in tensors):
+        raise CheckpointError(
+            f"{path} is a packed file, its weights are quantized for good: use qsr_plugin.load_quantized(path), or "
+            "give the file it was packed from"
+        )
     if not tensors or len(tensors) != len(state):
         odd = ", ".join(sorted({str(key) for key in state if key not in tensors})[:3]) or "none, it is empty"
         raise CheckpointError(f"{path} is not a state dict (entries: {odd}); {_SUFFIX_HELP}")
@@ -264,10 +226,14 @@ def key_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor])
 
 
 def load_quantized(path: Union[str, Path]) -> nn.Module:
-    """Rebuild a quantized network from a file of :func:`save_quantized`, in evaluation mode on the CPU.
+    """Rebuild a quantized network from a file, in evaluation mode on the CPU.
+
+    Args:
+        path: ``.safetensors`` of :func:`save_quantized`, or of :func:`qsr_plugin.deploy.packed.save_packed`: then its
+            weights are quantized for good (:func:`qsr_plugin.fold`).
 
     Raises:
-        CheckpointError: If the file is no such file, or was written by a newer version.
+        CheckpointError: If the file is no such file, is damaged, or was written by a newer version.
     """
     content, metadata = read_file(path)
     if not {"backbone", "recipe", "format"} <= set(metadata):
@@ -275,10 +241,10 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
             f"{path} has no recipe in it: it was not written by save_quantized. For float weights use "
             "quantize_model(...) and load_float_weights; a training's net_g_*.pth needs its option file."
         )
-    if metadata["format"] != str(FORMAT):
+    if metadata["format"] not in (str(FORMAT), str(PACKED_FORMAT)):
         raise CheckpointError(
             f"{path} was written by qsr_plugin {metadata.get('qsr_plugin')} in format {metadata['format']}, this is "
-            f"{__version__} (format {FORMAT}): use that version, or update qsr_plugin"
+            f"{__version__} (formats up to {PACKED_FORMAT}): use that version, or update qsr_plugin"
         )
     from qsr_plugin.compat import import_host
 
@@ -293,6 +259,10 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
         net = QuantNet(*described)
     except (RecipeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be rebuilt: {error}") from None
+    if metadata["format"] == str(PACKED_FORMAT):
+        from qsr_plugin.deploy.packed import unpacked
+
+        content = unpacked(net, content, metadata, path)
     problems = key_differences(net.state_dict(), state := with_rebuilt(net, content))
     if problems:
         raise CheckpointError(f"{path} does not hold the network it describes:\n  " + "\n  ".join(problems[:8]))

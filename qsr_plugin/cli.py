@@ -12,6 +12,9 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from qsr_plugin.data.cli import app as data_app
+from qsr_plugin.deploy.bench_cli import SeveralSizes, bench
+from qsr_plugin.deploy.export_cli import export
+from qsr_plugin.deploy.upscale_cli import upscale
 from qsr_plugin.errors import UserError
 from qsr_plugin.own_modules import import_own
 from qsr_plugin.plot_cli import app as plot_app
@@ -58,6 +61,9 @@ app.command(cls=SeveralTests)(quantize)
 app.command()(report)
 app.command()(slim)
 app.command()(table)
+app.command()(export)
+app.command()(upscale)
+app.command(cls=SeveralSizes)(bench)
 
 
 @app.command("list")

@@ -22,15 +22,19 @@ _FEW = 16  # images below which the ranges may not fit others
 class SeveralTests(TyperCommand):
     """A command whose ``--test HR LR`` may be repeated: typer has no lists of pairs, so it gets two single options."""
 
+    #: Options that take two values, and what these are.
+    pairs = {"--test": "two folders: --test HR_FOLDER LR_FOLDER"}
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments in which each ``--test`` has two values."""
+        """Parse arguments in which each of :attr:`pairs` has two values."""
         spread, left = [], list(args)
         while left:
             spread.append(left.pop(0))
-            if spread[-1].partition("=")[0] == "--test":
+            name = spread[-1].partition("=")[0]
+            if name in self.pairs:
                 if "=" in spread[-1] or len(left) < 2 or any(value.startswith("-") for value in left[:2]):
-                    raise typer.BadParameter("--test takes two folders: --test HR_FOLDER LR_FOLDER")
-                spread += [left.pop(0), "--test", left.pop(0)]
+                    raise typer.BadParameter(f"{name} takes {self.pairs[name]}")
+                spread += [left.pop(0), name, left.pop(0)]
         return super().parse_args(ctx, spread)
 
 

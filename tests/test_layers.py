@@ -30,7 +30,7 @@ METHODS = [
     "2dquant",
 ]
 #: Folders in the order in which they may import one another.
-LAYERS = ["quant", "methods", "losses", "data", "report", "models"]
+LAYERS = ["quant", "methods", "losses", "data", "report", "deploy", "models"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "quant").glob("*.py")), ids=lambda p: p.name)

@@ -91,8 +91,13 @@ def sensitivity(
     Raises:
         RuntimeError: If the network is not quantized.
         NotCalibratedError: If a range was never set.
-        ValueError: For no images, a bad one, or a site that makes the output NaN or infinite.
+        ValueError: For no images, a bad one, a site that makes the output NaN or infinite, or folded weights.
     """
+    if getattr(net, "folded", False):
+        raise ValueError(
+            "the weights of this network are folded (a packed file), so no layer can be run in float: measure on the "
+            "quantized .safetensors that it was packed from"
+        )
     begun = perf_counter()
     widths: dict[str, dict[str, tuple[int, ...]]] = {}
     for place, quantizer in quantizers(net):

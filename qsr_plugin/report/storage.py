@@ -34,13 +34,16 @@ def storage_bits(module: nn.Module, *, as_float: bool = False) -> int:
 def learned_numbers(net: nn.Module, share: Callable[[float], float]) -> float:
     """How many numbers a network learns, ranges and bit policies included; what is shared counts once.
 
+    Ranges of weights that were folded since (:func:`qsr_plugin.fold`) count as before.
+
     Args:
         net: A network, float or quantized.
         share: Bits to what a number of a weight with so many counts; all other numbers have 32.
     """
     packed = [(site.weight, site.quantizer("weight")) for _, site in sites(net) if site.quantizer("weight") is not None]
     widths = {id(weight): packer.candidates[0] for weight, packer in packed}
-    return math.fsum(p.numel() * share(widths.get(id(p), FLOAT_BITS)) for p in net.parameters())
+    gone = sum(getattr(packer, "learned_numbers", 0) for _, packer in packed) * share(FLOAT_BITS)
+    return gone + math.fsum(p.numel() * share(widths.get(id(p), FLOAT_BITS)) for p in net.parameters())
 
 
 def _bits(module: nn.Module, as_float: bool, seen: set[int]) -> int:

@@ -174,7 +174,8 @@ def recipe_with(**changes: object) -> str:
     [
         ({"recipe": None}, "has no recipe in it: it was not written by save_quantized"),
         ({"format": None}, "has no recipe in it"),
-        ({"format": "2", "qsr_plugin": "9.1"}, r"written by qsr_plugin 9\.1 in format 2, this is .*update qsr_plugin"),
+        ({"format": "3", "qsr_plugin": "9.1"}, r"written by qsr_plugin 9\.1 in format 3, this is .*update qsr_plugin"),
+        ({"format": "2"}, "is a packed file that is damaged"),
         ({"format": "two"}, "in format two"),
         ({"recipe": "{not json"}, "cannot be rebuilt"),
         ({"recipe": "[1, 2]"}, "cannot be rebuilt"),

@@ -1,0 +1,1 @@
+"""Quantized networks as products: exact rewrites, files for engines, packed files, and a runner for images."""

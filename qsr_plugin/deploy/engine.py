@@ -1,0 +1,262 @@
+"""Engines: one call that enlarges a batch of images, whatever runs the network behind it.
+
+OpenVINO is the fast one on CPUs. ONNX Runtime runs with its graph optimisations off and checks the others: it executes
+the file as it is written. PyTorch runs quantized networks as they were trained, and all whose bits depend on the image.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qsr_plugin import __version__
+from qsr_plugin.checkpoint import CheckpointError, load_quantized
+from qsr_plugin.deploy.folding import fold
+from qsr_plugin.errors import UserError, suggest
+from qsr_plugin.foreign_files import ONNX, foreign_kind
+
+KINDS = ("openvino", "onnxruntime", "torch")
+#: Layout of the metadata in exported ONNX files that this version reads.
+FORMAT = 1
+#: Numbers that the metadata must have, with their least values.
+_METADATA = {"format": 1, "scale": 1, "window": 1, "minimum": 1, "dynamic": 0, "batches": 0}
+_INPUT, _OUTPUT = "image", "upscaled"
+_TRIED = 48  # side of the image on which a module shows its scale
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Enlarges batches of images.
+
+    Attributes:
+        kind: One of :data:`KINDS`.
+        scale: Upsampling factor.
+        run: The network behind it: (N, 3, H, W) float32 to (N, 3, scale H, scale W), of sizes that it can take.
+        window: Both sides of what ``run`` gets are a multiple of it,
+        minimum: and not shorter than this.
+        fixed: Height and width of what ``run`` gets; ``None`` where it takes all sizes.
+        batches: Whether ``run`` takes several images at a time.
+        device: Where it runs, as PyTorch writes it.
+    """
+
+    kind: str
+    scale: int
+    run: Callable[[np.ndarray], np.ndarray]
+    window: int = 1
+    minimum: int = 1
+    fixed: tuple[int, int] | None = None
+    batches: bool = True
+    device: str = "cpu"
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Enlarge images of one size; those of another size than the network takes are padded, the result cropped.
+
+        Args:
+            x: (N, 3, H, W) float32, RGB in [0, 1].
+
+        Returns:
+            (N, 3, scale H, scale W) float32, not clipped.
+
+        Raises:
+            UserError: If the images are larger than a network of fixed size takes, or its output has another size than
+                ``scale`` says.
+        """
+        height, width = x.shape[2:]
+        if self.fixed is not None and (height > self.fixed[0] or width > self.fixed[1]):
+            raise UserError(
+                f"an image of {height}x{width} for a model of fixed size {self.fixed[0]}x{self.fixed[1]}: cut it into "
+                "tiles of that size (upscale_tiled), or export the model with another --input-size"
+            )
+        x = _pad_to(x, *(self.fixed or (self._taken(height), self._taken(width))))
+        padded = self.run(x) if self.batches else np.concatenate([self.run(one[None]) for one in x])
+        out = padded[..., : self.scale * height, : self.scale * width]
+        if out.shape != (expected := (x.shape[0], 3, self.scale * height, self.scale * width)):
+            raise UserError(
+                f"the model made {tuple(padded.shape)} of a batch {tuple(x.shape)}, scale {self.scale} asks for "
+                f"{expected}: it is damaged or of another scale, export it again"
+            )
+        return out
+
+    def _taken(self, side: int) -> int:
+        return -(-max(side, self.minimum) // self.window) * self.window
+
+
+def open_engine(
+    source: Union[str, Path, nn.Module],
+    kind: str | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> Engine:
+    """Open a model for inference.
+
+    Args:
+        source: ``.onnx`` written by :func:`qsr_plugin.deploy.onnx_export.export_onnx`; a quantized or packed
+            ``.safetensors``; or a network, which is put in evaluation mode and moved to ``device`` in place.
+        kind: ``openvino`` or ``onnxruntime`` for ONNX files, the first if not given; ``torch`` for everything else.
+        threads: CPU threads, the engine's own choice if not given. PyTorch has one such number per process.
+        device: ``cpu``, or for PyTorch any of its devices.
+
+    Raises:
+        UserError: For a file that is no such model (the message says what it is), one of a newer version, an engine
+            that does not fit it or is not installed, or a device that is not there.
+    """
+    path = None if isinstance(source, nn.Module) else Path(source).expanduser()
+    is_onnx = path is not None and path.suffix == ".onnx"
+    kind = kind or ("openvino" if is_onnx else "torch")
+    if kind not in KINDS:
+        raise UserError(f"engine is '{kind}'. {suggest(kind, KINDS)}")
+    if is_onnx != (kind != "torch"):
+        needed = "openvino or onnxruntime" if is_onnx else "torch; for the others export it: qsr export --format onnx"
+        raise UserError(f"engine '{kind}' does not run {path or type(source).__name__}, which needs {needed}")
+    if kind != "torch" and device != "cpu":
+        raise UserError(f"engine '{kind}' runs on the CPU here, device is '{device}': leave it out, or use torch")
+    if not is_onnx:
+        return _torch_engine(source if path is None else _quantized(path), threads, device)
+    facts = _onnx_facts(path)
+    session = {"openvino": openvino_session, "onnxruntime": _onnxruntime_session}[kind]
+    try:
+        run = session(path, threads)
+    except UserError:
+        raise
+    except Exception as error:  # the runtimes raise kinds of their own
+        raise UserError(f"{path}: {kind} cannot run it ({_first_line(error)}). Try another --engine") from None
+    return Engine(kind, run=run, **facts)
+
+
+def require(module: str) -> Any:
+    """Import a module of the extra ``[deploy]``.
+
+    Raises:
+        UserError: If it cannot be imported, with the way to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{module} is needed for this and cannot be imported ({_first_line(error)}): "
+            'pip install "qsr_plugin[deploy]"'
+        ) from None
+
+
+def _quantized(path: Path) -> nn.Module:
+    """The network in a quantized or packed file."""
+    try:
+        return fold(load_quantized(path))  # weights are quantized once, not in every forward
+    except CheckpointError:
+        if path.is_file() and (wrong := foreign_kind(path)):
+            raise _no_model(path, wrong) from None
+        raise
+
+
+def _onnx_facts(path: Path) -> dict[str, Any]:
+    """Scale, window and fixed size of an exported file."""
+    if not path.is_file():
+        raise _no_model(path, "not there, or a folder")
+    onnx = require("onnx")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # google.protobuf raises DecodeError, and others for files cut short
+        raise _no_model(path, _not_onnx(path, _first_line(error))) from None
+    if not model.graph.input:  # also what protobuf makes of an empty file
+        raise _no_model(path, _not_onnx(path, "no network in it"))
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if missing := [key for key, least in _METADATA.items() if _number(metadata.get(key)) < least]:
+        raise _no_model(path, f"an ONNX model of another program (no metadata '{missing[0]}')")
+    if int(metadata["format"]) > FORMAT:
+        raise UserError(
+            f"{path} was written by qsr_plugin {metadata.get('qsr_plugin')} in format {metadata['format']}, this is "
+            f"{__version__} (format {FORMAT}): update qsr_plugin, or export again with this version"
+        )
+    fixed = None
+    if metadata["dynamic"] == "0":
+        fixed = tuple(axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim[2:])
+        if len(fixed) != 2 or not all(fixed):
+            raise _no_model(path, f"an ONNX model that says it has a fixed size, but has {fixed}")
+    numbers = {key: int(metadata[key]) for key in ("scale", "window", "minimum")}
+    return {**numbers, "fixed": fixed, "batches": metadata["batches"] == "1"}
+
+
+def openvino_session(path: Path, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """An ONNX file or OpenVINO's own format, compiled for the CPU; threads are OpenVINO's own choice if not given."""
+    openvino = require("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(path), "CPU", settings)
+    return lambda x: model({_INPUT: np.ascontiguousarray(x)})[_OUTPUT]
+
+
+def _onnxruntime_session(path: Path, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run([_OUTPUT], {_INPUT: np.ascontiguousarray(x)})[0]
+
+
+def _torch_engine(net: nn.Module, threads: int | None, device: str) -> Engine:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        net.eval().to(torch.device(device), memory_format=torch.channels_last)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        raise UserError(f"device is '{device}', which cannot be used here ({_first_line(error)}): try cpu") from None
+    run = partial(_run_module, net, torch.device(device))
+    out = run(np.full((1, 3, _TRIED, _TRIED), 0.5, np.float32))
+    if out.ndim != 4 or out.shape[1] != 3 or out.shape[2] != out.shape[3] or out.shape[2] % _TRIED:
+        raise UserError(
+            f"{type(net).__name__} makes {tuple(out.shape)} of an image {(1, 3, _TRIED, _TRIED)}: expected three "
+            "channels, and both sides enlarged by a whole number"
+        )
+    return Engine("torch", out.shape[2] // _TRIED, run, device=device)
+
+
+def _run_module(net: nn.Module, device: torch.device, x: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        batch: Tensor = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=torch.channels_last)
+        return net(batch).float().contiguous().cpu().numpy()
+
+
+def _pad_to(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pad (N, C, H, W) at the bottom and right: mirrored, and beyond a whole mirror image the last pixel repeated."""
+    for mode in ("reflect", "edge"):
+        bottom, right = height - x.shape[2], width - x.shape[3]
+        if mode == "reflect":  # a mirror image has one pixel less than the image
+            bottom, right = min(bottom, x.shape[2] - 1), min(right, x.shape[3] - 1)
+        if bottom or right:
+            x = np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)), mode)
+    return x
+
+
+def _no_model(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {what}; expected a quantized .safetensors (of qsr quantize or a training), or an .onnx that qsr "
+        "export made of one"
+    )
+
+
+def _not_onnx(path: Path, reason: str) -> str:
+    kind = foreign_kind(path)
+    return kind if kind not in ("", ONNX) else f"no ONNX model in spite of its name, or a damaged one ({reason})"
+
+
+def _number(text: str | None) -> int:
+    """A metadata entry as a number, -1 for what is none."""
+    return int(text) if text is not None and text.isdecimal() else -1
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,73 @@
+"""``qsr upscale``: enlarge images with a quantized or exported network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from qsr_plugin.errors import UserError
+from qsr_plugin.progress import no_progress, track
+from qsr_plugin.report_cli import console
+
+Option = typer.Option
+
+
+def upscale(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN", help="Images, and folders of images.")],
+    out: Annotated[Path, Option("-o", "--out", help="Folder for the results; for one image also a file.")],
+    model: Annotated[Path, Option(help="Quantized or packed .safetensors, or exported .onnx.")],
+    engine: Annotated[
+        Optional[str], Option(help="openvino (default for .onnx), onnxruntime, or torch (.safetensors).")
+    ] = None,
+    device: Annotated[str, Option(help="cpu; with torch also cuda, under torchrun one GPU for each process.")] = "cpu",
+    tile: Annotated[
+        Optional[int],
+        Option(min=0, help="Side of the tiles in pixels, 0: none. By default 192 for large images and little memory."),
+    ] = None,
+    overlap: Annotated[int, Option(min=0, help="Pixels that neighbouring tiles share.")] = 16,
+    batch: Annotated[int, Option(min=1, help="Tiles that run together; more rarely pay on a CPU.")] = 1,
+    threads: Annotated[Optional[int], Option(min=1, help="CPU threads; all if not given.")] = None,
+    depth: Annotated[Optional[int], Option(help="How many blocks run, for a .safetensors with depth.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Keep results that are there, make the others.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace results that are there.")] = False,
+    form: Annotated[Optional[str], Option("--format", help="png (default), jpg or webp.")] = None,
+    suffix: Annotated[str, Option(help="Added to the names of the results, e.g. _x4.")] = "",
+) -> None:
+    """Enlarge images: the results have the names of the images, in the folder OUT.
+
+    Gray stays gray, transparency and 16 bits per channel are kept. Where memory runs out, smaller tiles are tried.
+    Under torchrun the processes share the images.
+    """
+    from qsr_plugin.deploy.engine import open_engine
+    from qsr_plugin.deploy.tiles import check_tiles
+    from qsr_plugin.deploy.upscale import Tiling, plan, prepare, share_of_process, upscale_files
+
+    jobs = plan(inputs, out, form=form, suffix=suffix)
+    left, there = prepare(share_of_process(jobs), resume=resume, overwrite=overwrite)
+    source = model if depth is None else _of_depth(model, depth)
+    opened = open_engine(source, engine, threads=threads, device=_own_gpu(device))
+    tiling = Tiling(tile, overlap, batch)
+    check_tiles(opened, tile or None, overlap, batch)
+    first = os.environ.get("RANK", "0") == "0"
+    progress = (lambda items, what: track(items, what, console)) if first else no_progress
+    summary = upscale_files(opened, left, tiling, there=there, skip_broken=len(jobs) > 1, progress=progress)
+    if len(summary.broken) == len(jobs):
+        raise UserError(f"none of {len(jobs)} images could be read: give PNG, JPEG, WebP or BMP")
+    console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _of_depth(model: Path, blocks: int) -> Any:
+    if model.suffix != ".safetensors":
+        raise UserError(f"--depth is for quantized .safetensors, not for '{model}': export what qsr slim makes of one")
+    from qsr_plugin import load_quantized, set_depth
+
+    return set_depth(load_quantized(model), blocks)
+
+
+def _own_gpu(device: str) -> str:
+    """The GPU of this process among those that torchrun started."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local else device

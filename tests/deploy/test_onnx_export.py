@@ -1,0 +1,225 @@
+"""Exported models in real engines against PyTorch, and what cannot be exported."""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qsr_plugin
+from qsr_plugin import calibrate, load_recipe, quantize_model
+from qsr_plugin.deploy.comparison import Agreement, synthetic_images
+from qsr_plugin.deploy.engine import Engine, open_engine
+from qsr_plugin.deploy.lowering import LoweringError, lower
+from qsr_plugin.deploy.onnx_export import ExportError, export_onnx
+from qsr_plugin.errors import UserError
+
+onnx = pytest.importorskip("onnx", reason="the extra [deploy] is not installed")
+pytest.importorskip("onnxscript", reason="the extra [deploy] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra [deploy] is not installed")
+pytest.importorskip("openvino", reason="the extra [deploy] is not installed")
+
+SIZES = [(16, 16), (17, 23), (5, 40), (31, 8), (2, 3)]
+
+
+def quantized(net: nn.Module, method: str, bits: int, images: list[torch.Tensor], **changes: object) -> nn.Module:
+    return calibrate(
+        quantize_model(deepcopy(net), load_recipe(method, weight_bits=bits, act_bits=bits, **changes)), images
+    )
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return -10 * np.log10(max(float(np.square(a.astype(np.float64) - b).mean()), 1e-20))
+
+
+def output(net: nn.Module, image: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return net(torch.from_numpy(image)).numpy()
+
+
+def kinds_of(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.fixture
+def edsr(tiny_net) -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_net("EDSR", num_feat=16, num_block=2, upscale=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("auto", 2), ("auto", 4), ("auto", 8), ("percentile", 8), ("percentile", 3), ("quantsr", 2), ("odm", 5)],
+)
+def test_two_engines_give_what_pytorch_gives(edsr, images, tmp_path: Path, method: str, bits: int) -> None:
+    """At five sizes, any but the traced one: mean difference to the quantized network at most 1e-4 (in [0, 1])."""
+    net = quantized(edsr, method, bits, images)
+    report = export_onnx(net, tmp_path / "net.onnx", (12, 20))
+    assert report.dynamic and report.float_layers == () and report.bytes == (tmp_path / "net.onnx").stat().st_size
+    assert report.agreement.quantizers == 4 and report.agreement.identical == 1 and "one 5x5 convolution" in str(report)
+    engines = [open_engine(tmp_path / "net.onnx", kind, threads=1) for kind in ("onnxruntime", "openvino")]
+    for size in SIZES:
+        image = synthetic_images(2, size).numpy()
+        wanted = output(net, image)
+        for engine in engines:
+            difference = np.abs(engine(image) - wanted)
+            assert difference.mean() <= 1e-4 and difference.max() <= 1 / 255 + 0.05 * (method == "percentile"), size
+    assert engines[0].scale == 4 and engines[0].fixed is None
+
+
+def test_low_bits_are_carried_by_bytes(edsr, images, tmp_path: Path) -> None:
+    """3 bits: codes 0..7 of a byte, weights -4..3; the collapsed tail is the only float convolution beside the first."""
+    export_onnx(quantized(edsr, "auto", 3, images, fragile=None), path := tmp_path / "net.onnx")
+    graph = onnx.load(path).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [
+        arrays[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in arrays
+    ]
+    assert len(weights) == 4 and all(w.dtype == np.int8 and w.min() >= -4 and w.max() <= 3 for w in weights)
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = (arrays[name] for name in node.input[1:3])
+            clip = next(one for one in graph.node if node.input[0] in one.output)
+            low, high = (arrays[name] for name in clip.input[1:3])
+            assert zero.dtype == np.uint8 and zero <= 7 and round(float((high - low) / scale)) <= 7
+
+
+def test_what_a_reader_needs_is_in_the_file(edsr, images, tmp_path: Path) -> None:
+    net = quantized(edsr, "pams", 4, images)
+    export_onnx(net, path := tmp_path / "net.onnx")
+    told = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert told["qsr_plugin"] == qsr_plugin.__version__ and told["format"] == "1"
+    assert (told["scale"], told["window"], told["minimum"], told["dynamic"]) == ("4", "1", "2", "1")
+    assert json.loads(told["recipe"]) == net.recipe.to_dict() and json.loads(told["backbone"])["type"] == "EDSR"
+
+
+def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path) -> None:
+    """The convolution behind a pixel shuffle reads bytes that the shuffle moved; the result is the same."""
+    net = quantized(tiny_net("EDSR", upscale=2), "auto", 8, images, placement="full")
+    report = export_onnx(net, path := tmp_path / "net.onnx")
+    row = kinds_of(path)
+    shuffle = row.index("DepthToSpace")
+    assert row[shuffle - 2 : shuffle + 2] == ["Clip", "QuantizeLinear", "DepthToSpace", "DequantizeLinear"]
+    assert report.agreement.holds and report.agreement.quantizers == 8
+    image = synthetic_images(1, (9, 14)).numpy()
+    assert psnr(open_engine(path)(image), output(net, image)) > 60
+
+
+def test_without_passes_the_network_is_as_it_is(edsr, images, tmp_path: Path) -> None:
+    net = quantized(edsr, "auto", 8, images)
+    report = export_onnx(net, path := tmp_path / "net.onnx", passes=False)
+    assert report.steps == () and kinds_of(path).count("DepthToSpace") == 2
+
+
+def test_a_float_network(edsr, tmp_path: Path) -> None:
+    report = export_onnx(edsr, path := tmp_path / "net.onnx")
+    assert report.agreement.quantizers == 0 and "QuantizeLinear" not in kinds_of(path)
+    image = synthetic_images(1, (13, 9)).numpy()
+    assert np.abs(open_engine(path)(image) - output(edsr, image)).max() < 1e-4
+
+
+def test_windows_of_attention(tiny_net, images, tmp_path: Path) -> None:
+    """The engine pads to whole windows as the network does by itself."""
+    float_net = tiny_net("SwinIR", depths=[1], num_heads=[2])
+    net = quantized(float_net, "2dquant", 8, images)
+    report = export_onnx(net, path := tmp_path / "net.onnx", (8, 11))
+    assert report.multiple == 4 and report.size == (8, 12) and "multiples of 4" in str(report)
+    engine: Engine = open_engine(path, threads=1)
+    assert engine.window == 4
+    for size in ((8, 8), (9, 14), (1, 5)):
+        image = synthetic_images(1, size).numpy()
+        assert engine(image).shape[2:] == (2 * size[0], 2 * size[1])
+        assert psnr(engine(image), output(net, image)) > 45
+
+
+def test_bits_by_content_are_exported_at_one_width_on_request(edsr, images, tmp_path: Path) -> None:
+    net = calibrate(quantize_model(edsr, load_recipe("cadyq")), images)
+    with pytest.raises(LoweringError, match=r"one of \[4, 6, 8\].*another network.*'auto'"):
+        export_onnx(net, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+    export_onnx(net, path := tmp_path / "net.onnx", bits=8)
+    image = synthetic_images(1, (16, 16)).numpy()
+    assert psnr(open_engine(path, "onnxruntime")(image), output(lower(net, bits=8), image)) > 60
+
+
+@pytest.mark.parametrize("method", ["daq", "linq"])
+def test_what_is_not_uniform_is_refused_before_work(edsr, images, tmp_path: Path, method: str) -> None:
+    with pytest.raises(LoweringError, match=r"body\.0.*not uniform.*'auto'"):
+        export_onnx(quantized(edsr, method, 4, images), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_places(edsr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"end in \.onnx"):
+        export_onnx(edsr, tmp_path / "net.bin")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write"):
+        export_onnx(edsr, tmp_path / "file" / "net.onnx")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"onnxscript is needed.*qsr_plugin\[deploy\]"):
+        export_onnx(edsr, tmp_path / "net.onnx")
+
+
+def test_a_model_that_disagrees_is_not_written(edsr, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Agreement(4, 0.98, 2, 0.5, 20.0)
+    monkeypatch.setattr("qsr_plugin.deploy.onnx_export.compare", lambda *_: bad)
+    with pytest.raises(ExportError, match="98.0000%"):
+        export_onnx(quantized(edsr, "auto", 8, images), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sides", [(9, 13)])
+def test_a_network_that_takes_one_size(edsr, images, tmp_path: Path, sides: tuple[int, int]) -> None:
+    class Sized(nn.Module):
+        """Adds a constant image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.extra = edsr, nn.Parameter(torch.rand(3, 4 * sides[0], 4 * sides[1]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) + self.extra
+
+    net = Sized().eval()
+    report = export_onnx(net, path := tmp_path / "net.onnx", sides)
+    assert not report.dynamic and f"fixed to {sides[0]}x{sides[1]}" in str(report)
+    engine = open_engine(path)
+    image = synthetic_images(1, sides).numpy()
+    assert engine.fixed == sides and np.abs(engine(image) - output(net, image)).max() < 1e-4
+
+
+class Enlarging(nn.Module):
+    """An engine as a module, for the functions that score one."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.engine(x.numpy()))
+
+
+@pytest.mark.skipif("QSR_DATA" not in os.environ, reason="QSR_DATA is not set: needs Set5 and weights/srresnet_x4.pth")
+def test_srresnet_on_set5_is_the_same_in_openvino(tmp_path: Path) -> None:
+    """Mean PSNR within 0.02 dB, the worst image within 0.05: 4 bits between percentiles, real weights."""
+    from qsr_plugin.archs.quant_net_arch import build_backbone
+
+    from qsr_plugin.checkpoint import load_float_weights
+    from qsr_plugin.report.evaluate import evaluate
+
+    data = Path(os.environ["QSR_DATA"])
+    float_net = build_backbone({"type": "SRResNet", "bias": True, "bn_eps": 1e-3, "output": "tanh"})
+    load_float_weights(float_net, data / "weights" / "srresnet_x4.pth")
+    net = quantize_model(float_net.eval(), load_recipe("percentile", weight_bits=4, act_bits=4))
+    calibrate(net, data / "Set5" / "LRbicx4")
+    export_onnx(net, path := tmp_path / "net.onnx")
+    folders = data / "Set5" / "HR", data / "Set5" / "LRbicx4"
+    wanted, got = (evaluate(one, *folders, 4) for one in (net, Enlarging(open_engine(path))))
+    assert abs(wanted.psnr - got.psnr) < 0.02
+    assert all(abs(a.psnr - b.psnr) < 0.05 for a, b in zip(wanted.images, got.images))
