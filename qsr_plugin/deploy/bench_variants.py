@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -137,7 +138,7 @@ def quantize_with_nncf(source: Path, target: Path, batches: Sequence[np.ndarray]
         UserError: If NNCF is not installed, or cannot quantize it.
     """
     try:
-        import nncf
+        nncf = importlib.import_module("nncf")
     except ImportError:
         raise UserError("not installed: pip install nncf") from None
     openvino = require("openvino")
