@@ -46,7 +46,7 @@ demo: install
 	@$(VENV)/bin/python tools/demo.py
 
 test: install
-	@$(VENV)/bin/python -m pytest
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # BasicSR comes before the package, and without build isolation, in which pip would download a second torch.
 $(VENV)/host-installed:

@@ -56,6 +56,7 @@ setup(
         "test": [
             "pytest>=7",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "build",
             "pip>=22.3",

@@ -1,4 +1,4 @@
-"""Everything once, in minutes on a CPU: photos -> LMDB -> float -> 8 bits -> 4 bits -> 4 bits trained -> report."""
+"""Everything once, in minutes on a CPU: photos -> LMDB -> float -> 8 bits -> 4 bits -> trained -> report -> engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Results:
 @contextmanager
 def step(number: int, text: str) -> Iterator[None]:
     """A heading, and the seconds it took."""
-    console.print(f"\n[bold cyan]{number} of 6[/bold cyan]  [bold]{text}[/bold]")
+    console.print(f"\n[bold cyan]{number} of 7[/bold cyan]  [bold]{text}[/bold]")
     start = time.perf_counter()
     yield
     console.print(f"   [dim]{time.perf_counter() - start:.0f} s[/dim]")
@@ -154,6 +154,28 @@ def result_of(label: str, net: nn.Module, costs: Any, score: Any) -> Any:
     return Result(**said, quality={"photos": Quality.of(score, costs.bitops)}, costs=Costs.of(costs))
 
 
+def make_fast(path: Path, folders: demo.Folders) -> None:
+    """The trained network as a packed file and for an integer engine, and how fast it is there."""
+    from qsr_plugin.deploy.bench_cli import bench
+    from qsr_plugin.deploy.engine import require
+    from qsr_plugin.deploy.onnx_export import export_onnx
+    from qsr_plugin.deploy.packed import save_packed
+
+    try:
+        for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+            require(package)
+    except UserError as error:
+        console.print(f"   left out: {error}")
+        return
+    net = load_quantized(path)
+    for line in str(export_onnx(net, path.with_suffix(".onnx"))).splitlines():
+        console.print(f"   {line}", markup=False, soft_wrap=True)
+    packed = save_packed(net, path.with_name(f"{path.stem}_packed.safetensors"))
+    console.print(f"   packed: {packed.file_bytes / 1000:.1f} kB, float weights {packed.float_bytes / 1000:.1f} kB")
+    variants = "torch,openvino-float,openvino-float-passes,openvino-int8"
+    bench(path, variants=variants, rounds=3, seconds=0.2, out=folders.root / "speed.json")
+
+
 def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
     """All steps."""
     options = demo.demo_options(folders, weights, iters)
@@ -179,6 +201,8 @@ def run(folders: demo.Folders, weights: Path, iters: Optional[int]) -> None:
         results.add("PAMS W4A4, trained", train(options, folders))
     with step(6, "Comparison"):
         report(results)
+    with step(7, "The trained network as a product: ONNX for an integer engine, packed weights, speed"):
+        make_fast(folders.models / "pams_w4a4_trained.safetensors", folders)
 
 
 def main(
@@ -195,10 +219,12 @@ def main(
         Console(stderr=True).print(f"\nerror: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     places = {"pictures": folders.pictures, "networks": folders.models, "figures": folders.root / "results.json"}
+    if (speed := folders.root / "speed.json").is_file():
+        places["speed"] = speed
     console.print(f"\n[bold]Done[/bold] in {(time.perf_counter() - start) / 60:.1f} minutes.")
     for name, place in places.items():
         console.print(f"   {name}: {place.resolve()}", soft_wrap=True)
-    console.print("   (the files hold the weights in float, ready to be trained further)")
+    console.print("   (.safetensors hold the weights in float, ready to be trained further, but for the packed one)")
 
 
 if __name__ == "__main__":

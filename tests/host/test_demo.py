@@ -127,3 +127,10 @@ def test_whole_script(
     start, end = (load_quantized(out / "models" / f"pams_w4a4{kind}.safetensors") for kind in ("", "_trained"))
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters()))
     assert [path.name for path in earlier.parent.iterdir()] == [earlier.name]
+    assert (out / "models" / "pams_w4a4_trained.onnx").is_file() and "compared with PyTorch" in printed
+    packed = load_quantized(out / "models" / "pams_w4a4_trained_packed.safetensors")
+    x = torch.rand(1, 3, 12, 9)
+    with torch.no_grad():
+        assert torch.equal(packed(x), end(x))
+    speeds = {result.label for result in read_results(out / "speed.json")}
+    assert {"torch", "openvino-float", "openvino-int8"} <= speeds
