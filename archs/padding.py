@@ -7,7 +7,8 @@ from functools import cache, partial
 import torch
 from basicsr.archs.swinir_arch import SwinIR, SwinTransformerBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from qsr_plugin.data.borders import pad_to
 
 #: Masks and tables of position biases in the host's SwinIR.
 _WINDOW_TABLES = ("attn_mask", "relative_position_index")
@@ -39,26 +40,6 @@ class PaddedInput:
 
     def _padded(self, side: int) -> int:
         return -(-max(side, self.pad_minimum) // self.pad_multiple) * self.pad_multiple
-
-
-def pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad an image at the right and at the bottom: mirrored, and beyond a whole mirror image the last pixel repeated.
-
-    Args:
-        x: (N, C, H, W).
-        height: Wanted, at least H.
-        width: Wanted, at least W.
-
-    Returns:
-        (N, C, height, width), ``x`` itself if it has this size.
-    """
-    for mode in ("reflect", "replicate"):
-        right, bottom = width - x.shape[-1], height - x.shape[-2]
-        if mode == "reflect":  # a mirror image has one pixel less than the image
-            right, bottom = min(right, x.shape[-1] - 1), min(bottom, x.shape[-2] - 1)
-        if right or bottom:
-            x = F.pad(x, (0, right, 0, bottom), mode=mode)
-    return x
 
 
 def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, square: bool = False) -> nn.Module:

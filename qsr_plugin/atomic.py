@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +21,16 @@ def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> N
         OSError: If writing failed (disk full, no permission); the final place is untouched.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
-    os.close(handle)
-    temporary = Path(name)
+        raise _no_place(path, error) from error
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -41,11 +40,19 @@ def write_atomically(path: Union[str, Path], write: Callable[[Path], None]) -> N
 
 
 def check_writable(path: Union[str, Path]) -> None:
-    """Make the folder of a file to come, and try to write there, before work is done for it.
+    """Make the folder of a file to come, and try to write there, before work is done for it; leaves nothing behind.
 
     Raises:
         OSError: If the folder cannot be made or written.
     """
-    probe = Path(path).with_suffix(".probe")
-    write_atomically(probe, lambda temporary: None)
-    probe.unlink()
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _no_place(path, error) from error
+
+
+def _no_place(path: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write {path}: {error}. Choose a folder you may write to.")

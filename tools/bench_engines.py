@@ -64,12 +64,14 @@ def float_network(features: int, blocks: int) -> nn.Module:
 
 
 def quantized(float_net: nn.Module, bits: str) -> nn.Module:
-    """The network by ``auto``, only calibrated."""
+    """The network by ``auto``, only calibrated; its linear tail stays float and is collapsed."""
     from qsr_plugin import load_recipe
     from qsr_plugin.post_training import post_train
 
     weight_bits, act_bits = parse_bits(bits)
-    recipe = load_recipe("auto", weight_bits=weight_bits, act_bits=act_bits, tuning=None, fragile=None)
+    recipe = load_recipe(
+        "auto", weight_bits=weight_bits, act_bits=act_bits, placement="trunk", tuning=None, fragile=None
+    )
     return post_train(float_net, recipe, [synthetic_images(_IMAGES, (_SIDE, _SIDE))]).net
 
 

@@ -55,6 +55,11 @@ def read_rgb(source: str | Path | bytes, name: str = "") -> np.ndarray:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name}: is not a PNG, JPEG, WebP or BMP image. Convert it, or remove it.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name}: is too large ({error}). Cut it into parts; if you trust it, read it in Python after "
+            "PIL.Image.MAX_IMAGE_PIXELS = None."
+        ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged data
         raise ValueError(f"{name}: is damaged ({error}). Copy or download it again, or remove it.") from error
 

@@ -18,10 +18,10 @@ from qsr_plugin.quant.layer_trace import LayerTraceError
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What became of one batch norm, or of the scaling of the image range.
+    """What became of one batch norm, of the scaling of the image range, or of the mean colour.
 
     Attributes:
-        step: Which of the two.
+        step: Which of them.
         applied: Whether it was folded; if not, these modules are as they were.
         reason: What was done, or why nothing.
         modules: Dotted names of the modules concerned.
@@ -29,7 +29,7 @@ class FoldReport:
             features beside the fold, as a share of the largest value; ``None`` if the step was not tried.
     """
 
-    step: Literal["batch norm", "image range"]
+    step: Literal["batch norm", "image range", "image mean"]
     applied: bool
     reason: str
     modules: tuple[str, ...]
@@ -100,7 +100,7 @@ def _fold_norm(net: nn.Module, record: CallRecord, call: Call) -> FoldReport:
 
 def _fold_range(net: nn.Module, record: CallRecord, owner: nn.Module) -> FoldReport:
     factor = _range_of(owner)
-    readers, last = _image_readers(record), _image_maker(record)
+    readers, last = image_readers(record), image_maker(record)
     names = tuple(call.name for call in (*readers, *([last] if last else [])))
     if last is None or not readers:
         return FoldReport("image range", False, f"img_range {factor:g}: no convolution at one of the two ends", names)
@@ -184,7 +184,7 @@ def _is_float(conv: nn.Conv2d) -> bool:
     return "weight" in conv._parameters and not quantizes(conv)
 
 
-def _image_readers(record: CallRecord) -> list[Call]:
+def image_readers(record: CallRecord) -> list[Call]:
     """Modules that read the image, or what functions alone make of it."""
     outside = [call for call in record.calls if not any(module.holds(call) for module in record.modules)]
     images: set[Key] = {(id(record.image), record.image._version)}
@@ -195,7 +195,7 @@ def _image_readers(record: CallRecord) -> list[Call]:
     return [call for call in inner if not any(call.holds(one) and one is not call for one in inner)]
 
 
-def _image_maker(record: CallRecord) -> Call | None:
+def image_maker(record: CallRecord) -> Call | None:
     """The last convolution, behind which modules only put the pixels elsewhere."""
     call = max(record.modules, key=lambda one: one.start)
     while call is not None and not isinstance(call.module, nn.Conv2d):

@@ -15,6 +15,7 @@ from qsr_plugin.deploy.bench_rows import Protocol, Row, Size
 from qsr_plugin.deploy.bench_timing import Pair, Speed, clock_for, measure_round, warm_up
 from qsr_plugin.deploy.bench_variants import Models, Opened
 from qsr_plugin.deploy.comparison import synthetic_images
+from qsr_plugin.deploy.context import largest_layer
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.tiles import out_of_memory
 from qsr_plugin.errors import UserError, suggest
@@ -69,7 +70,24 @@ def bench(
     """
     for size in protocol.sizes:
         check_fits(models.float_net, size)
-    rows = {name: Row(name) for name in names}
+    rows, before = {name: Row(name) for name in names}, torch.get_num_threads()
+    torch.set_num_threads(protocol.threads)
+    try:
+        _fill(rows, models, protocol, memory, tests or {}, progress)
+    finally:
+        torch.set_num_threads(before)
+    return list(rows.values())
+
+
+def _fill(
+    rows: dict[str, Row],
+    models: Models,
+    protocol: Protocol,
+    memory: bool,
+    tests: Mapping[str, tuple[Path, Path]],
+    progress: Progress,
+) -> None:
+    """Measure everything that is asked for."""
     opened = _open_all(models, rows, protocol.sizes, progress)
     for size in protocol.sizes:
         engines = {name: found[size].engine for name, found in opened.items()}
@@ -82,13 +100,12 @@ def bench(
                 rows[name].memory[size] = memory_of(opened[name][size].open_run, image)
             except UserError as error:
                 rows[name].note = f"memory at {size[0]}x{size[1]} is not known: {error}"
-    for test, folders in (tests or {}).items():
+    for test, folders in tests.items():
         for name in progress(list(opened), f"scoring on {test}"):
             try:
                 rows[name].quality[test] = score(opened[name][protocol.sizes[-1]].engine, *folders)
             except UserError as error:
                 rows[name].note = f"not scored on {test}: {error}"
-    return list(rows.values())
 
 
 def measure(engines: Mapping[str, Engine], size: Size, protocol: Protocol, progress: Progress) -> dict[str, Speed]:
@@ -101,7 +118,6 @@ def measure(engines: Mapping[str, Engine], size: Size, protocol: Protocol, progr
     runs = {name: partial(engine, image) for name, engine in engines.items()}
     clock, _ = clock_for(protocol.threads)
     pairs: dict[str, list[Pair]] = {name: [] for name in runs if name != REFERENCE}
-    torch.set_num_threads(protocol.threads)
     try:
         for run in runs.values():
             warm_up(run)
@@ -145,20 +161,9 @@ def check_fits(net: nn.Module, size: Size) -> None:
 
 def bytes_per_pixel(net: nn.Module) -> float:
     """Bytes for input and output of the largest module without parts, per pixel of the low-resolution image."""
-    most = 0
-
-    def look(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        nonlocal most
-        most = max(most, sum(one.numel() for one in (*inputs, output) if isinstance(one, Tensor)))
-
-    hooks = [module.register_forward_hook(look) for module in net.modules() if not list(module.children())]
-    try:
-        with torch.inference_mode():
-            net(torch.zeros(1, 3, _TRIED, _TRIED))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return 4 * most / _TRIED**2
+    with largest_layer(net) as layer, torch.inference_mode():
+        net(torch.zeros(1, 3, _TRIED, _TRIED))
+    return layer[0] / _TRIED**2
 
 
 def _open_all(

@@ -23,13 +23,15 @@ def memory_of(open_run: Callable[[], Callable[[Any], Any]], image: Any) -> int:
         Bytes at the peak, beyond those of the process before the engine was opened.
 
     Raises:
-        UserError: If the process was ended, as the system does where memory runs out.
+        UserError: If the process was ended, as the system does where memory runs out, or failed.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(_taken, open_run, image).result()
         except BrokenProcessPool:
             raise UserError("the process was ended, which is what the system does when memory runs out") from None
+        except Exception as error:  # also what cannot be pickled, and kinds of each engine
+            raise UserError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
 
 
 def _taken(open_run: Callable[[], Callable[[Any], Any]], image: Any) -> int:

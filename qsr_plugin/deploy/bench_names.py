@@ -15,7 +15,7 @@ VARIANTS = {
     "openvino-int8-no-passes": "quantized network, exported as it is: what is float in it stays as it was",
     "openvino-int8": "quantized network as qsr export writes it, with the exact passes",
     ONNXRUNTIME: "the same file in ONNX Runtime, all its optimisations on",
-    NNCF: "float network, quantized by NNCF after training to 8 bits everywhere, in OpenVINO",
+    NNCF: "float network after the exact passes, quantized by NNCF to 8 bits everywhere, without training, in OpenVINO",
 }
 #: Those measured if nothing else is said.
 DEFAULT = tuple(name for name in VARIANTS if name != ONNXRUNTIME)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qsr_plugin import compat
 from qsr_plugin.checkpoint import key_differences, load_float_weights
 from qsr_plugin.deploy.bench_names import CHANNELS_LAST, NNCF, ONNXRUNTIME, QUANTIZED, REFERENCE, TORCH
 from qsr_plugin.deploy.comparison import synthetic_images
-from qsr_plugin.deploy.engine import Engine, open_engine, openvino_session, require
+from qsr_plugin.deploy.engine import Engine, onnx_facts, openvino_session, require
 from qsr_plugin.deploy.onnx_export import ExportReport, export_onnx
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.surgery import plugin_keys
@@ -78,26 +80,30 @@ class Models:
         """
         if name in (TORCH, CHANNELS_LAST):
             return self._in_torch(torch.contiguous_format if name == TORCH else torch.channels_last)
-        passes = name not in (REFERENCE, "openvino-int8-no-passes", NNCF)
+        passes = name not in (REFERENCE, "openvino-int8-no-passes")
         report = self._export("int8" if name in QUANTIZED else "float", passes, size)
         path, notes = report.path, tuple(str(report).splitlines()[1:])
-        opened = open_engine(path, "openvino", threads=self.threads)
-        open_run = partial(openvino_session, path, self.threads)
+        kind, open_session = "openvino", openvino_session
         if name == ONNXRUNTIME:
-            open_run = partial(_onnxruntime, path, self.threads)
+            kind, open_session = "onnxruntime", _onnxruntime
         elif name == NNCF:
-            path, notes = self._with_nncf(report)
-            open_run = partial(openvino_session, path, self.threads)
-        kind = "onnxruntime" if name == ONNXRUNTIME else "openvino"
-        engine = replace(opened, kind=kind, run=open_run())
+            path, own = self._with_nncf(report)
+            notes += own
+        open_run = partial(open_session, path, self.threads)
+        try:
+            engine = Engine(kind, run=open_run(), **onnx_facts(report.path))
+        except UserError:
+            raise
+        except Exception as error:  # the runtimes raise kinds of their own
+            raise UserError(f"{kind} cannot run it ({type(error).__name__}: {error})") from error
         files = path.parent.glob(f"{path.stem}.*")  # OpenVINO's own format has two
         return Opened(engine, open_run, sum(file.stat().st_size for file in files), notes)
 
     def _in_torch(self, memory_format: torch.memory_format) -> Opened:
         path = self.folder / "torch.safetensors"
         save_file({key: value.contiguous().clone() for key, value in self.float_net.state_dict().items()}, path)
-        open_run = partial(_torch, self.float_net, memory_format, self.threads)
-        run = open_run()
+        open_run = partial(_torch_of_file, self.float_net.backbone_options, path, memory_format, self.threads)
+        run = _torch(deepcopy(self.float_net), memory_format)
         scale = run(np.zeros((1, 3, _TRIED, _TRIED), np.float32)).shape[-1] // _TRIED
         return Opened(Engine(TORCH, scale, run), open_run, path.stat().st_size)
 
@@ -180,13 +186,23 @@ def float_network_of(net: nn.Module, weights: Path | None, source: Path) -> nn.M
     return float_net
 
 
-def _torch(net: nn.Module, memory_format: torch.memory_format, threads: int) -> Run:
+def _torch_of_file(backbone: Mapping[str, Any], path: Path, memory_format: torch.memory_format, threads: int) -> Run:
+    """The float network in a process of its own: networks with windows cannot be pickled."""
+    compat.import_host()
+    from qsr_plugin.archs.quant_net_arch import build_backbone
+
     torch.set_num_threads(threads)
-    own = deepcopy(net).to(memory_format=memory_format)
+    net = build_backbone(backbone).eval()
+    net.load_state_dict(load_file(path))
+    return _torch(net, memory_format)
+
+
+def _torch(net: nn.Module, memory_format: torch.memory_format) -> Run:
+    net.to(memory_format=memory_format)
 
     def run(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return own(torch.from_numpy(x).to(memory_format=memory_format)).contiguous().numpy()
+            return net(torch.from_numpy(x).to(memory_format=memory_format)).contiguous().numpy()
 
     return run
 

@@ -54,7 +54,9 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether the model computes the same network."""
-        return self.identical >= IDENTICAL and self.steps <= 1 and self.between <= TOLERANCE
+        return (
+            self.identical >= IDENTICAL and self.steps <= 1 and self.between <= TOLERANCE and not math.isnan(self.psnr)
+        )
 
     def __str__(self) -> str:
         text = (
@@ -127,6 +129,7 @@ def _compare(model: Any, net: nn.Module, images: Tensor) -> Agreement:
         plain = net(images)
         with _Forced([(run[node.input[0]], run[_value(node)]) for node in nodes]) as forced:
             forced.agree(net(images), output)
+            forced.finish()
     return Agreement(
         quantizers=len(nodes),
         identical=min((same for same, _ in codes), default=1.0),
@@ -154,18 +157,29 @@ class _Forced(TorchDispatchMode):
             self.apart = math.inf  # the model has fewer quantizers
             return func(*args)
         x, _, _, low, high = args
-        clipped, value = self._results[self._next]
+        clipped, value = (_as_shuffled(result, x) for result in self._results[self._next])
         self._next += 1
         self.agree(torch.clamp(x, low, high), clipped)
         return value if value.shape == x.shape else torch.zeros_like(x)
 
+    def finish(self) -> None:
+        """Say that there are no more quantizers in PyTorch."""
+        if self._next != len(self._results):
+            self.apart = math.inf
+
     def agree(self, mine: Tensor, theirs: Tensor) -> None:
         """Take the difference of two tensors into account."""
-        if mine.shape != theirs.shape:
-            self.apart = math.inf
-            return
-        largest = max(float(theirs.abs().max()), 1e-12)
-        self.apart = max(self.apart, float((mine - theirs).abs().max()) / largest)
+        apart = math.inf
+        if mine.shape == theirs.shape:
+            apart = float((mine - theirs).abs().max()) / max(float(theirs.abs().max()), 1e-12)
+        self.apart = max(self.apart, apart) if math.isfinite(apart) else math.inf
+
+
+def _as_shuffled(result: Tensor, x: Tensor) -> Tensor:
+    """What was quantized before a pixel shuffle, as ``x``, which comes after it."""
+    if result.dim() != 4 or x.dim() != 4 or result.shape[1] <= x.shape[1]:
+        return result
+    return F.pixel_shuffle(result, x.shape[2] // result.shape[2])
 
 
 def _value(node: Any) -> str:

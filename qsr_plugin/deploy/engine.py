@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Union
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from qsr_plugin import __version__
 from qsr_plugin.checkpoint import CheckpointError, load_quantized
+from qsr_plugin.data.borders import pad_to
+from qsr_plugin.deploy.context import largest_layer, measured_reach
 from qsr_plugin.deploy.folding import fold
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.foreign_files import ONNX, foreign_kind
@@ -45,6 +47,7 @@ class Engine:
         fixed: Height and width of what ``run`` gets; ``None`` where it takes all sizes.
         batches: Whether ``run`` takes several images at a time.
         device: Where it runs, as PyTorch writes it.
+        pixel_bytes: Bytes of the largest layer's input and output, per pixel of the input; ``None`` if not known.
     """
 
     kind: str
@@ -55,6 +58,12 @@ class Engine:
     fixed: tuple[int, int] | None = None
     batches: bool = True
     device: str = "cpu"
+    pixel_bytes: float | None = None
+
+    @cached_property
+    def reach(self) -> int | None:
+        """How far the surroundings of a pixel matter, see :func:`~qsr_plugin.deploy.context.measured_reach`."""
+        return measured_reach(self)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Enlarge images of one size; those of another size than the network takes are padded, the result cropped.
@@ -75,7 +84,8 @@ class Engine:
                 f"an image of {height}x{width} for a model of fixed size {self.fixed[0]}x{self.fixed[1]}: cut it into "
                 "tiles of that size (upscale_tiled), or export the model with another --input-size"
             )
-        x = _pad_to(x, *(self.fixed or (self._taken(height), self._taken(width))))
+        taken = self.fixed or (self._taken(height), self._taken(width))
+        x = pad_to(torch.from_numpy(np.ascontiguousarray(x)), *taken).numpy()
         padded = self.run(x) if self.batches else np.concatenate([self.run(one[None]) for one in x])
         out = padded[..., : self.scale * height, : self.scale * width]
         if out.shape != (expected := (x.shape[0], 3, self.scale * height, self.scale * width)):
@@ -121,7 +131,7 @@ def open_engine(
         raise UserError(f"engine '{kind}' runs on the CPU here, device is '{device}': leave it out, or use torch")
     if not is_onnx:
         return _torch_engine(source if path is None else _quantized(path), threads, device)
-    facts = _onnx_facts(path)
+    facts = onnx_facts(path)
     session = {"openvino": openvino_session, "onnxruntime": _onnxruntime_session}[kind]
     try:
         run = session(path, threads)
@@ -143,7 +153,7 @@ def require(module: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{module} is needed for this and cannot be imported ({_first_line(error)}): "
-            'pip install "qsr_plugin[deploy]"'
+            "install the extra 'deploy', for example pip install -e \".[deploy]\" in the folder of qsr_plugin"
         ) from None
 
 
@@ -157,7 +167,7 @@ def _quantized(path: Path) -> nn.Module:
         raise
 
 
-def _onnx_facts(path: Path) -> dict[str, Any]:
+def onnx_facts(path: Path) -> dict[str, Any]:
     """Scale, window and fixed size of an exported file."""
     if not path.is_file():
         raise _no_model(path, "not there, or a folder")
@@ -215,30 +225,21 @@ def _torch_engine(net: nn.Module, threads: int | None, device: str) -> Engine:
     except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
         raise UserError(f"device is '{device}', which cannot be used here ({_first_line(error)}): try cpu") from None
     run = partial(_run_module, net, torch.device(device))
-    out = run(np.full((1, 3, _TRIED, _TRIED), 0.5, np.float32))
+    tried = np.full((1, 3, _TRIED, _TRIED), 0.5, np.float32)
+    with largest_layer(net) as layer:
+        out = run(tried)
     if out.ndim != 4 or out.shape[1] != 3 or out.shape[2] != out.shape[3] or out.shape[2] % _TRIED:
         raise UserError(
             f"{type(net).__name__} makes {tuple(out.shape)} of an image {(1, 3, _TRIED, _TRIED)}: expected three "
             "channels, and both sides enlarged by a whole number"
         )
-    return Engine("torch", out.shape[2] // _TRIED, run, device=device)
+    return Engine("torch", out.shape[2] // _TRIED, run, device=device, pixel_bytes=layer[0] / _TRIED**2)
 
 
 def _run_module(net: nn.Module, device: torch.device, x: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         batch: Tensor = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=torch.channels_last)
         return net(batch).float().contiguous().cpu().numpy()
-
-
-def _pad_to(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pad (N, C, H, W) at the bottom and right: mirrored, and beyond a whole mirror image the last pixel repeated."""
-    for mode in ("reflect", "edge"):
-        bottom, right = height - x.shape[2], width - x.shape[3]
-        if mode == "reflect":  # a mirror image has one pixel less than the image
-            bottom, right = min(bottom, x.shape[2] - 1), min(right, x.shape[3] - 1)
-        if bottom or right:
-            x = np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)), mode)
-    return x
 
 
 def _no_model(path: Path, what: str) -> UserError:

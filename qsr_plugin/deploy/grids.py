@@ -68,16 +68,15 @@ class Grid(nn.Module):
         low: Smallest level, before the shift back.
         high: Largest level.
         shift: What is added before rounding, and has to be taken off the result; 0 where zero is a level.
-        bits: Bit width.
     """
 
-    def __init__(self, params: QParams, bits: int) -> None:
+    def __init__(self, params: QParams) -> None:
         super().__init__()
         span, zero = params.qmax - params.qmin, float(params.zero_point) - params.qmin
         whole = min(max(round(zero), 0), span)
         scale = params.scale.detach().float()
         near = abs(zero - whole) < _EXACT
-        self.bits, self.shifted = bits, not near
+        self.shifted = not near
         self.register_buffer("scale", scale.clone())
         self.register_buffer("zero", torch.tensor(whole, dtype=torch.uint8 if span <= _BYTE else torch.uint16))
         self.register_buffer("low", -whole * scale)
@@ -90,13 +89,9 @@ class Grid(nn.Module):
         return torch.ops.qsr_plugin.quantize_dequantize(x, self.scale, self.zero, self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The value on the grid; any shape.
-
-        With a shift it is made of plain operations: what reads it computes in floating point anyway.
-        """
-        if not self.shifted:
-            return self.unshifted(x)
-        return torch.round(torch.clamp(x + self.shift, self.low, self.high) / self.scale) * self.scale - self.shift
+        """The value on the grid; any shape."""
+        y = self.unshifted(x)
+        return y - self.shift if self.shifted else y
 
 
 @dataclass(frozen=True)

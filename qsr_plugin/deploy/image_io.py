@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,13 @@ ENCODINGS = {
     "webp": (cv2.IMWRITE_WEBP_QUALITY, 101),  # above 100: lossless
 }
 _GRAY_MODES = ("1", "L", "LA")
+#: Longest side that a format holds.
+_LONGEST = {"png": 2**31 - 1, "jpg": 65500, "webp": 16383}
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation for images that lie on their side
+_EXIF_ORIENTATION = 0x0112
+_PROFILE_SPACE = slice(16, 20)  # of a colour profile: which colours it is for
+_PNG_HEAD = 33  # bytes before the second chunk: signature (8), length (4), name (4), values (13), checksum (4)
 _PNG_COLOUR_BYTE = 25  # after signature (8), chunk length and name (8), width and height (8), depth (1)
 _PNG_GRAY = (0, 4)  # without and with alpha; Pillow calls the latter RGBA at 16 bits
 
@@ -42,12 +51,14 @@ class Picture:
         dtype: ``np.uint8`` or ``np.uint16``: what its values were.
         gray: The file has one channel of colour, here three times.
         alpha: (H, W) of ``dtype``, opacity; ``None`` if the file has none.
+        profile: Colour profile (ICC), what the numbers mean as colours; ``None`` if the file has none.
     """
 
     rgb: np.ndarray
     dtype: type[np.unsignedinteger] = np.uint8
     gray: bool = False
     alpha: np.ndarray | None = None
+    profile: bytes | None = None
 
 
 def read_picture(path: str | Path) -> Picture:
@@ -61,9 +72,49 @@ def read_picture(path: str | Path) -> Picture:
     deep = pixels.dtype == np.uint16
     with Image.open(io.BytesIO(data)) as picture:
         gray = data[_PNG_COLOUR_BYTE] in _PNG_GRAY if deep else picture.mode in _GRAY_MODES
-        alpha = _alpha_of(picture, data, deep)
+        alpha, profile = _alpha_of(picture, data, deep), picture.info.get("icc_profile")
+    if profile and profile[_PROFILE_SPACE] != (b"GRAY" if gray else b"RGB "):  # of CMYK, which was converted
+        logger.warning("%s: its colour profile is for other colours than the result has, and is left out", path)
+        profile = None
     rgb = pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
-    return Picture(rgb, pixels.dtype.type, gray, alpha)
+    return Picture(rgb, pixels.dtype.type, gray, alpha, profile or None)
+
+
+def size_of(path: Path, *, whole: bool = False) -> tuple[int, int] | None:
+    """Height and width as a viewer shows it, from the head of a file of any size; ``None`` for no image.
+
+    Args:
+        path: PNG, JPEG, WebP or BMP.
+        whole: Also ``None`` for a file that ends too early, a PNG whose checksums are wrong, and a BMP.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # it is against files from elsewhere, when decoded
+    try:
+        with Image.open(path, formats=_FORMATS) as picture:
+            width, height = picture.size
+            # Image's own method: a PNG's would decode the image first
+            if Image.Image.getexif(picture).get(_EXIF_ORIENTATION) in _TURNED:
+                height, width = width, height
+            if whole:
+                picture.verify()
+        return (height, width) if not whole or _has_end(path) else None
+    except Exception:  # decoders raise OSError, SyntaxError, struct.error and others on damaged data
+        return None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def check_size(path: Path, height: int, width: int) -> None:
+    """Refuse a result that is too large for its format, before it is made.
+
+    Raises:
+        UserError: With what the format holds.
+    """
+    kind = format_of(path)
+    if max(height, width) > _LONGEST[kind]:
+        raise UserError(
+            f"{path}: an image of {width}x{height} cannot be written as {kind}, which holds {_LONGEST[kind]} pixels to "
+            "a side: try --format png"
+        )
 
 
 def write_picture(path: str | Path, pixels: np.ndarray, picture: Picture) -> None:
@@ -77,11 +128,12 @@ def write_picture(path: str | Path, pixels: np.ndarray, picture: Picture) -> Non
         picture: The original, of (H, W).
 
     Raises:
-        UserError: For another ending.
-        OSError: If it cannot be written, or is too large for the format.
+        UserError: For another ending, or an image that is too large for the format.
+        OSError: If it cannot be written.
     """
     path = Path(path)
     kind = format_of(path)
+    check_size(path, *pixels.shape[:2])
     image = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY if picture.gray else cv2.COLOR_RGB2BGR)
     lost = [
         *(["transparency"] if picture.alpha is not None and kind == "jpg" else []),
@@ -95,14 +147,8 @@ def write_picture(path: str | Path, pixels: np.ndarray, picture: Picture) -> Non
         image = np.dstack([image, image, image, alpha] if picture.gray else [image, alpha])
     if kind != "png":
         image = to_uint8(image)
-    try:
-        done, encoded = cv2.imencode(f".{kind}", image, ENCODINGS[kind])
-    except cv2.error:
-        done = False
-    if not done:
-        height, width = pixels.shape[:2]
-        raise OSError(f"{path}: an image of {width}x{height} cannot be written as {kind}: try --format png")
-    write_atomically(path, lambda temporary: temporary.write_bytes(encoded.tobytes()))
+    data = _encoded(image, kind, picture.profile)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def format_of(path: Path) -> str:
@@ -115,6 +161,41 @@ def format_of(path: Path) -> str:
     if kind not in ENCODINGS:
         raise UserError(f"'{path}': pictures are written as {', '.join(ENCODINGS)}; change the ending")
     return kind
+
+
+def _encoded(image: np.ndarray, kind: str, profile: bytes | None) -> bytes:
+    """A file of (H, W) or (H, W, C), BGR; OpenCV writes no profiles, Pillow no colour of 16 bits."""
+    if profile is None or kind == "png":
+        try:
+            data = cv2.imencode(f".{kind}", image, ENCODINGS[kind])[1].tobytes()
+        except cv2.error as error:
+            raise OSError(
+                f"an image of {image.shape[1]}x{image.shape[0]} cannot be encoded as {kind}: {error}"
+            ) from None
+        return data if profile is None else data[:_PNG_HEAD] + _png_profile(profile) + data[_PNG_HEAD:]
+    colours = image if image.ndim == 2 else image[..., [2, 1, 0, 3][: image.shape[2]]]
+    file = io.BytesIO()
+    how = {"lossless": True} if kind == "webp" else {"quality": ENCODINGS["jpg"][1]}
+    Image.fromarray(np.ascontiguousarray(colours)).save(file, kind.replace("jpg", "jpeg"), icc_profile=profile, **how)
+    return file.getvalue()
+
+
+def _png_profile(profile: bytes) -> bytes:
+    """A chunk iCCP: its name, no name of the profile but one letter, method 0, compressed."""
+    content = b"iCCP" + b"i\0\0" + zlib.compress(profile)
+    return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+
+def _has_end(path: Path) -> bool:
+    """Whether the last bytes are those that the format ends in; WebP says its length."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = file.seek(0, io.SEEK_END)
+        file.seek(max(length - 8, 0))
+        last = file.read()
+    if head[:4] == b"RIFF":
+        return int.from_bytes(head[4:], "little") + 8 <= length
+    return last.endswith(b"\xff\xd9" if head.startswith(b"\xff\xd8") else b"IEND\xaeB`\x82")
 
 
 def _alpha_of(picture: Image.Image, data: bytes, deep: bool) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from qsr_plugin.errors import UserError
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.record import RecordingRoot
 from qsr_plugin.quant.sites import QuantConv2d, QuantLinear, Site, derived_class
-from qsr_plugin.quant.surgery import sites
+from qsr_plugin.quant.surgery import quantizers, sites
 
 
 class LoweringError(UserError, ValueError):
@@ -122,6 +122,12 @@ def lower(net: nn.Module, *, bits: int | None = None) -> nn.Module:
     if not isinstance(copy, RecordingRoot):
         copy.float_weights = ()
         return copy.requires_grad_(False)
+    choices = [part for _, part in quantizers(copy) if part.role == "act" and len(part.candidates) > 1]
+    if bits is not None and not choices:
+        raise LoweringError(
+            f"bits={bits} (--bits {bits}) is for networks whose bits depend on the image, and this one has fixed bits: "
+            "leave it out, or quantize with other bits"
+        )
     copy.__class__, floats = copy.float_class, []
     copy._modules.pop("bit_policy", None)
     with torch.no_grad():
@@ -174,7 +180,7 @@ def _grid(quantizer: Quantizer, bits: int | None) -> nn.Module:
         )
     width = widths[0] if len(widths) == 1 else bits
     try:
-        grid = Grid(quantizer.qparams(width), width)
+        grid = Grid(quantizer.qparams(width))
     except NotImplementedError as error:
         raise LoweringError(
             f"{quantizer.site}: {error}. Quantize with a method of constant ranges instead, for example 'auto'"

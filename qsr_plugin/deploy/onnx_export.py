@@ -23,8 +23,9 @@ from qsr_plugin.deploy.affine import fold_affine
 from qsr_plugin.deploy.collapsed import least_side
 from qsr_plugin.deploy.comparison import Agreement, compare
 from qsr_plugin.deploy.engine import FORMAT, require
+from qsr_plugin.deploy.image_mean import fold_mean
 from qsr_plugin.deploy.lowering import lower
-from qsr_plugin.deploy.onnx_graph import quantize_before_shuffle
+from qsr_plugin.deploy.onnx_graph import quantize_before_shuffle, without_traces
 from qsr_plugin.deploy.onnx_operators import translations
 from qsr_plugin.deploy.tail import collapse_tail
 from qsr_plugin.errors import UserError
@@ -33,8 +34,8 @@ logger = logging.getLogger("qsr_plugin")
 
 #: uint16 carriers need 21.
 OPSET = 21
-#: The size a network is traced at if none is given, in LR pixels.
-TRACED = (48, 64)
+#: The size a network is traced at if none is given, in LR pixels, and the least one it is compared at.
+TRACED, CHECKED = (48, 64), (24, 32)
 
 
 class ExportError(UserError, RuntimeError):
@@ -86,9 +87,10 @@ def export_onnx(
     *,
     bits: Optional[int] = None,
     passes: bool = True,
-    ring: bool = True,
 ) -> ExportReport:
-    """Write a network as an ONNX file for OpenVINO, ONNX Runtime or TensorRT.
+    """Write a network as an ONNX file for OpenVINO and ONNX Runtime.
+
+    CPUs without VNNI add pairs of 8-bit products in 16 bits, which can saturate: weights of 7 bits and less are safe.
 
     Args:
         net: Quantized and calibrated, or float. (N, 3, H, W), RGB in [0, 1]. Not changed.
@@ -97,7 +99,6 @@ def export_onnx(
             (windows of attention) then take exactly this one.
         bits: See :func:`qsr_plugin.deploy.lowering.lower`.
         passes: Rewrite the network first where that is exact: collapse a linear tail, fold scalings into convolutions.
-        ring: See :func:`qsr_plugin.deploy.tail.collapse_tail`.
 
     Raises:
         LoweringError: If the network has no constant integer form.
@@ -111,17 +112,20 @@ def export_onnx(
     onnx, _, _ = (require(module) for module in ("onnx", "onnxscript", "onnxruntime"))
     check_writable(path)  # before work is done for it
     lowered = lower(net, bits=bits)
-    steps = _rewritten(lowered, ring) if passes else []
+    steps = []
+    if passes:
+        steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
     sides = _Sides.of(lowered)
     size = sides.fitting(input_size or TRACED)
-    model, agreement, free = _traced(lowered, size, sides.multiple)
+    model, agreement, free = _traced(lowered, size, sides, passes)
     with torch.inference_mode():
         scale = lowered(torch.zeros(1, 3, *size)).shape[-1] // size[1]
     _describe(model, net, scale, sides, free)
+    without_traces(model)
     onnx.checker.check_model(model)
     data = model.SerializeToString()
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
-    steps += [free.reason] if free.reason else []
+    steps += free.told
     return ExportReport(
         path, len(data), free.sides, size, sides.multiple, tuple(steps), lowered.float_weights, agreement
     )
@@ -149,39 +153,36 @@ class _Sides:
         return tuple(-(-max(side, self.minimum) // self.multiple) * self.multiple for side in size)
 
 
-def _rewritten(net: nn.Module, ring: bool) -> list[str]:
-    """Rewrite a network where that is exact; what was done."""
-    return [*map(str, fold_affine(net)), str(collapse_tail(net, ring=ring))]
-
-
 @dataclass(frozen=True)
 class _Free:
-    """Which axes of the input may vary, and why not all."""
+    """Which axes of the input may vary, and what was found on the way."""
 
     sides: bool = True
     images: bool = True
-    reason: str = ""
+    told: tuple[str, ...] = ()
 
 
-def _traced(net: nn.Module, size: tuple[int, int], multiple: int) -> tuple[Any, Agreement, _Free]:
+def _traced(net: nn.Module, size: tuple[int, int], sides: _Sides, passes: bool) -> tuple[Any, Agreement, _Free]:
     """The model with as many free axes as the network allows, and how near it is to PyTorch."""
-    larger, problem = (size[0] + 3 * multiple, size[1] + 5 * multiple), ""
+    problem, found = "", sides.fitting(CHECKED)
+    larger = (found[0] + 3 * sides.multiple, found[1] + 5 * sides.multiple)
     for free in (_Free(), _Free(images=False), _Free(images=False, sides=False)):
         try:
-            model = _exported(net, size, multiple, free)
-            other = larger if free.sides else size
-            agreement = compare(model, net, [(1, size), (3 if free.images else 1, other)])
+            model = _exported(net, size, sides.multiple, free)
+            moved = quantize_before_shuffle(model) if passes else 0
+            batches = [(1, found), (3 if free.images else 1, larger)] if free.sides else [(1, size)]
+            agreement = compare(model, net, batches)
         except Exception as error:  # the exporter and the runtime raise many kinds
             problem = _cause(error)
         else:
             if agreement.holds:
-                quantize_before_shuffle(model)
-                told = "" if free.sides else f"height and width are fixed to {size[0]}x{size[1]}: {problem}"
-                return model, agreement, replace(free, reason=told)
+                told = [f"quantized before the pixel shuffle: {moved} place(s)"] if moved else []
+                told += [] if free.images else [f"one image at a time ({problem})"]
+                return model, agreement, replace(free, told=tuple(told))
             problem = str(agreement)
     raise ExportError(
-        f"this {type(net).__name__} cannot be exported with PyTorch {torch.__version__}: {problem}. Run it with the "
-        "torch engine"
+        f"this {type(net).__name__} was not exported (PyTorch {torch.__version__}): {problem}. Run it with the torch "
+        "engine"
     )
 
 

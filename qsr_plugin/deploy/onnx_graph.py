@@ -18,34 +18,45 @@ def quantize_before_shuffle(model: Any) -> int:
         How many were moved.
     """
     graph, readers = model.graph, defaultdict(list)
-    for node in graph.node:
+    for index, node in enumerate(graph.node):
         for name in node.input:
-            readers[name].append(node)
-    outputs, moved = {output.name for output in graph.output}, 0
-    for shuffle in [node for node in graph.node if node.op_type == "DepthToSpace"]:
-        row = [shuffle]
+            readers[name].append((index, node))
+    outputs, rows = {output.name for output in graph.output}, []
+    for index, node in enumerate(graph.node):
+        row = [(index, node)]
         for kind in ("Clip", "QuantizeLinear"):
-            following = readers[row[-1].output[0]]
-            if len(following) != 1 or following[0].op_type != kind or row[-1].output[0] in outputs:
+            following = readers[row[-1][1].output[0]]
+            if len(following) != 1 or following[0][1].op_type != kind or row[-1][1].output[0] in outputs:
                 break
             row.append(following[0])
-        if len(row) == 3:
-            _rotate(graph, *row)
-            moved += 1
-    if moved:
+        if node.op_type == "DepthToSpace" and len(row) == 3:
+            rows.append(row)
+    order = list(range(len(graph.node)))
+    for (shuffle, _), _, (quantize, _) in rows:
+        order.remove(shuffle)
+        order.insert(order.index(quantize) + 1, shuffle)
+    for row in rows:
+        _rotate(*(node for _, node in row))
+    nodes = [graph.node[index] for index in order]
+    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    if rows:
         del graph.value_info[:]  # names have other types now
-    return moved
+    return len(rows)
 
 
-def _rotate(graph: Any, shuffle: Any, clip: Any, quantize: Any) -> None:
+def _rotate(shuffle: Any, clip: Any, quantize: Any) -> None:
     """shuffle, clip, quantize -> clip, quantize, shuffle; the names at both ends stay."""
     first, shuffled, clipped, last = shuffle.input[0], shuffle.output[0], clip.output[0], quantize.output[0]
     clip.input[0], clip.output[0] = first, shuffled
     quantize.input[0], quantize.output[0] = shuffled, clipped
     shuffle.input[0], shuffle.output[0] = clipped, last
-    nodes = list(graph.node)
-    nodes.remove(shuffle)
-    nodes.insert(nodes.index(quantize) + 1, shuffle)
-    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+
+
+def without_traces(model: Any) -> None:
+    """Take out what the exporter notes of the code it followed, in place: paths, classes, and most of a small file."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")

@@ -3,13 +3,14 @@
 Neighbouring tiles meet in the middle of what they share (:func:`qsr_plugin.data.patches.spans`), so that a result is
 taken from the tile in whose interior it lies, and nothing is blended. The result is that of the whole image where the
 overlap is at least the receptive field of the network; with less, values next to a seam differ by what the missing
-surroundings matter. Networks that look at the whole image (attention to channels, bits chosen by content, windows that
-start elsewhere) differ in any case.
+surroundings matter. If no overlap is given, it is measured how far they do (:attr:`Engine.reach`). Networks that look
+at the whole image (attention to channels, bits chosen by content, windows that start elsewhere) differ in any case.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from itertools import product
 
@@ -17,17 +18,19 @@ import numpy as np
 import torch
 
 from qsr_plugin.data.patches import Patch, spans
+from qsr_plugin.deploy.context import WIDE
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.errors import UserError
 from qsr_plugin.memory import free_memory
 from qsr_plugin.progress import Progress, no_progress
 
-#: Side of a tile and overlap, in input pixels, where nothing else is said.
-TILE, OVERLAP = 192, 16
+#: Side of a tile in input pixels, where nothing else is said.
+TILE = 192
 #: Tiles are not made smaller than this when memory runs out.
 SMALLEST = 32
 _WHOLE = 512 * 512  # input pixels up to which an image is not cut
-_FEATURES = 64  # channels at output size of the usual upsamplers, twice: before and after a pixel shuffle
+#: Bytes per pixel of the result where the network is not known: 64 channels, before and after a pixel shuffle.
+_USUAL = 2 * 64 * 4
 _EXHAUSTED = ("out of memory", "bad_alloc", "failed to allocate", "can't allocate", "not enough memory")
 
 logger = logging.getLogger("qsr_plugin")
@@ -36,17 +39,29 @@ logger = logging.getLogger("qsr_plugin")
 def default_tile(engine: Engine, height: int, width: int) -> int | None:
     """Side of the tiles an image is cut into if the user does not say: :data:`TILE`, or ``None`` for the whole image.
 
-    An image stays whole up to 512 x 512 pixels, if two float feature maps of 64 channels at output size, the peak of
-    the usual networks, take at most half of the free memory.
+    An image stays whole up to 512 x 512 pixels, if input and output of the largest layer take at most half of the free
+    memory; processes that ``torchrun`` started on this computer share what is free.
     """
     if engine.fixed is not None:
         return None
-    needed = 2 * _FEATURES * 4 * height * width * engine.scale**2
-    small = height * width <= _WHOLE and 2 * needed <= free_memory(torch.device(engine.device))
+    needed = (engine.pixel_bytes or _USUAL * engine.scale**2) * height * width
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device == "cpu" else 1
+    small = height * width <= _WHOLE and 2 * needed <= free_memory(torch.device(engine.device)) / processes
     return None if small else TILE
 
 
-def check_tiles(engine: Engine, tile: int | None, overlap: int, batch: int = 1) -> None:
+def default_overlap(engine: Engine, side: int) -> int:
+    """Overlap of tiles of a side if the user does not say: what the network sees to both sides, at most half a tile."""
+    try:
+        overlap = WIDE if engine.reach is None else 2 * engine.reach
+    except Exception as error:  # each runtime has kinds of its own
+        if not out_of_memory(error):
+            raise
+        overlap = WIDE
+    return min(overlap, side // 2)
+
+
+def check_tiles(engine: Engine, tile: int | None, overlap: int | None, batch: int = 1) -> None:
     """Refuse impossible tiles, before work is done.
 
     Raises:
@@ -61,7 +76,7 @@ def check_tiles(engine: Engine, tile: int | None, overlap: int, batch: int = 1) 
     if tile is not None and tile < 1:
         raise UserError(f"tile is {tile}; it must be 1 pixel or more")
     side = min(engine.fixed) if engine.fixed is not None else tile
-    if overlap < 0 or (side is not None and overlap >= side):
+    if overlap is not None and (overlap < 0 or (side is not None and overlap >= side)):
         allowed = "0 or more" if side is None else f"0 to {side - 1} with tiles of {side} pixels"
         raise UserError(f"overlap is {overlap}; it must be {allowed}")
     if batch < 1:
@@ -72,7 +87,7 @@ def upscale_tiled(
     engine: Engine,
     image: np.ndarray,
     tile: int | None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     batch: int = 1,
     *,
     dtype: type[np.unsignedinteger] = np.uint8,
@@ -88,7 +103,7 @@ def upscale_tiled(
         image: (H, W, 3) float32, RGB in [0, 1].
         tile: Side of a tile in input pixels; ``None`` for the whole image. All tiles of an image have one size, the
             last ones are moved back to end at the border.
-        overlap: Pixels that neighbouring tiles share, at least.
+        overlap: Pixels that neighbouring tiles share, at least; :func:`default_overlap` if not given.
         batch: Tiles that run together.
         dtype: ``np.uint8`` or ``np.uint16``.
         progress: Wraps the list of batches.
@@ -105,19 +120,21 @@ def upscale_tiled(
     while True:
         side = min(tile or whole, whole)
         size = engine.fixed or (side, side)
+        cut = image.shape[0] > size[0] or image.shape[1] > size[1]
+        shared = overlap if overlap is not None else default_overlap(engine, min(size)) if cut else 0
         try:
-            return _run(engine, image, size, min(overlap, min(size) - 1), batch, dtype, progress)
+            return _run(engine, image, size, min(shared, min(size) - 1), batch, dtype, progress)
         except Exception as error:  # each runtime has kinds of its own
             if not out_of_memory(error):
                 raise
             smaller = max(side // 2, SMALLEST)
             if batch > 1:
                 batch //= 2
-            elif engine.fixed is None and overlap < smaller < side:
+            elif engine.fixed is None and (overlap or 0) < smaller < side:
                 tile = smaller
             else:
                 raise UserError(
-                    f"out of memory even with one tile of {size[0]}x{size[1]} pixels at a time and overlap {overlap}: "
+                    f"out of memory even with one tile of {size[0]}x{size[1]} pixels at a time and overlap {shared}: "
                     "free some memory, or take a smaller network, fewer threads or less overlap"
                 ) from None
         logger.warning(

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsr_plugin.data.images import IMAGE_SUFFIXES, list_images, read_rgb
+from qsr_plugin.atomic import check_writable
+from qsr_plugin.data.images import IMAGE_SUFFIXES, list_images
 from qsr_plugin.deploy.engine import Engine
-from qsr_plugin.deploy.image_io import ENCODINGS, format_of, read_picture, write_picture
-from qsr_plugin.deploy.tiles import OVERLAP, check_tiles, default_tile, upscale_tiled
+from qsr_plugin.deploy.image_io import ENCODINGS, check_size, format_of, read_picture, size_of, write_picture
+from qsr_plugin.deploy.tiles import check_tiles, default_tile, upscale_tiled
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.progress import Progress, no_progress
 
 logger = logging.getLogger("qsr_plugin")
+
+_LEFT = 3600  # seconds after which a temporary file is one that nobody is writing any more
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,12 @@ class Tiling:
 
     Attributes:
         tile: Side of a tile in input pixels; 0 for whole images, ``None`` to choose by image and memory.
-        overlap: Pixels that neighbouring tiles share.
+        overlap: Pixels that neighbouring tiles share; measured if not given.
         batch: Tiles that run together.
     """
 
     tile: int | None = None
-    overlap: int = OVERLAP
+    overlap: int | None = None
     batch: int = 1
 
 
@@ -116,12 +119,13 @@ def share_of_process(jobs: Sequence[Job]) -> Sequence[Job]:
     return jobs[rank::processes]
 
 
-def prepare(jobs: Sequence[Job], *, resume: bool = False, overwrite: bool = False) -> tuple[list[Job], int]:
+def prepare(jobs: Sequence[Job], scale: int, *, resume: bool = False, overwrite: bool = False) -> tuple[list[Job], int]:
     """Check the places of results before work, remove what a killed run left half-written, leave out what is done.
 
     Args:
         jobs: From :func:`plan`.
-        resume: Leave out results that are there and can be read.
+        scale: Of the network.
+        resume: Leave out results that are there, whole, and as large as this network makes them.
         overwrite: Replace those that are there.
 
     Returns:
@@ -138,10 +142,25 @@ def prepare(jobs: Sequence[Job], *, resume: bool = False, overwrite: bool = Fals
             "the others, --overwrite makes all again"
         )
     for folder in {job.target.parent for job in jobs}:
-        _check_writable(folder)
+        check_writable(folder / "result")
         _remove_leftovers(folder, {job.target.name for job in jobs if job.target.parent == folder})
-    done = {job for job in there if resume and _is_whole(job.target)}
+    done = {job for job in there if resume and _is_done(job, scale)}
     return [job for job in jobs if job not in done], len(done)
+
+
+def check_any_readable(jobs: Sequence[Job], own: Sequence[Job], broken: Sequence[Path]) -> None:
+    """Refuse a run in which no image could be read; one process alone must not stop the others for its own share.
+
+    Args:
+        jobs: Of all processes.
+        own: Of this one.
+        broken: Those of ``own`` that could not be read.
+
+    Raises:
+        UserError: If none of ``own`` could be read, and the others are no images either.
+    """
+    if own and len(broken) == len(own) and all(size_of(job.source) is None for job in set(jobs) - set(own)):
+        raise UserError(f"none of {len(jobs)} images could be read: give PNG, JPEG, WebP or BMP")
 
 
 def upscale_files(
@@ -181,6 +200,7 @@ def upscale_files(
             broken.append(job.source)
             continue
         tile = default_tile(engine, *picture.rgb.shape[:2]) if tiling.tile is None else tiling.tile or None
+        check_size(job.target, *(engine.scale * side for side in picture.rgb.shape[:2]))
         how = {"dtype": picture.dtype, "progress": progress if one else no_progress}
         try:
             out = upscale_tiled(engine, picture.rgb, tile, tiling.overlap, tiling.batch, **how)
@@ -199,26 +219,26 @@ def _images_in(path: Path) -> list[Path]:
     return [path]
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}. Choose a folder you may write to.") from error
-
-
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
-    """Remove the temporary files of results that a killed process was writing (``checkpoint.write_atomically``)."""
+    """Remove what a killed process was writing (``write_atomically``), but not what another one is writing now."""
     for path in folder.glob(".*.tmp"):
-        if path.name[1 : -len(".tmp")].rpartition(".")[0] in names:
-            path.unlink(missing_ok=True)
+        if path.name[1 : -len(".tmp")].rpartition(".")[0] not in names:
+            continue
+        with suppress(FileNotFoundError):  # another process removes them as well
+            if time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        read_rgb(path)
-    except ValueError:
-        logger.warning("%s cannot be read: it is made again", path)
+def _is_done(job: Job, scale: int) -> bool:
+    """Whether the result is there as a network of this scale makes it."""
+    found, source = size_of(job.target, whole=True), size_of(job.source)
+    if found is None:
+        logger.warning("%s cannot be read: it is made again", job.target)
+        return False
+    if source is not None and found != (wanted := (scale * source[0], scale * source[1])):
+        logger.warning(
+            "%s is %dx%d, this network makes %dx%d of the image: it is made again",
+            job.target, *reversed(found), *reversed(wanted),
+        )  # fmt: skip
         return False
     return True

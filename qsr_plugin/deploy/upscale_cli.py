@@ -27,7 +27,10 @@ def upscale(
         Optional[int],
         Option(min=0, help="Side of the tiles in pixels, 0: none. By default 192 for large images and little memory."),
     ] = None,
-    overlap: Annotated[int, Option(min=0, help="Pixels that neighbouring tiles share.")] = 16,
+    overlap: Annotated[
+        Optional[int],
+        Option(min=0, help="Pixels that neighbouring tiles share. By default as many as the network needs: measured."),
+    ] = None,
     batch: Annotated[int, Option(min=1, help="Tiles that run together; more rarely pay on a CPU.")] = 1,
     threads: Annotated[Optional[int], Option(min=1, help="CPU threads; all if not given.")] = None,
     depth: Annotated[Optional[int], Option(help="How many blocks run, for a .safetensors with depth.")] = None,
@@ -43,19 +46,19 @@ def upscale(
     """
     from qsr_plugin.deploy.engine import open_engine
     from qsr_plugin.deploy.tiles import check_tiles
-    from qsr_plugin.deploy.upscale import Tiling, plan, prepare, share_of_process, upscale_files
+    from qsr_plugin.deploy.upscale import Tiling, check_any_readable, plan, prepare, share_of_process, upscale_files
 
     jobs = plan(inputs, out, form=form, suffix=suffix)
-    left, there = prepare(share_of_process(jobs), resume=resume, overwrite=overwrite)
     source = model if depth is None else _of_depth(model, depth)
     opened = open_engine(source, engine, threads=threads, device=_own_gpu(device))
     tiling = Tiling(tile, overlap, batch)
     check_tiles(opened, tile or None, overlap, batch)
+    own = share_of_process(jobs)
+    left, there = prepare(own, opened.scale, resume=resume, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"
     progress = (lambda items, what: track(items, what, console)) if first else no_progress
     summary = upscale_files(opened, left, tiling, there=there, skip_broken=len(jobs) > 1, progress=progress)
-    if len(summary.broken) == len(jobs):
-        raise UserError(f"none of {len(jobs)} images could be read: give PNG, JPEG, WebP or BMP")
+    check_any_readable(jobs, own, summary.broken)
     console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
 
 

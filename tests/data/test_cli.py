@@ -26,14 +26,18 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     return call
 
 
+def _packed(text: str) -> str:
+    """Without the spaces and lines of a table, in which a long path takes several rows."""
+    return "".join(text.replace("│", "").split())
+
+
 def test_build_then_check(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out [1]"
     first = run("build", photos, out, *BUILD, "--shrink", "1", "--shrink", "0.8")
     assert first.exit_code == 0, first.output
-    in_one_line = "".join(first.output.replace("│", "").split())  # a long path takes several lines of the table
-    assert "sub-image pairs" in first.output and "".join(str(out / "GT.lmdb").split()) in in_one_line
+    assert "sub-image pairs" in first.output and _packed(str(out / "GT.lmdb")) in _packed(first.output)
     again = run("build", photos, out, *BUILD, "--shrink", "1", "--shrink", "0.8")
-    assert again.exit_code == 0 and "Already complete" in again.output
+    assert again.exit_code == 0 and _packed("Already complete") in _packed(again.output)
     checked = run("check", "--gt", out / "GT.lmdb", "--lq", out / "LQ.lmdb", "--scale", 2)
     assert checked.exit_code == 0 and "No problem found" in checked.output
 

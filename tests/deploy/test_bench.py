@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
+import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import cv2
 import numpy as np
@@ -167,7 +169,7 @@ def test_the_command(monkeypatch, model: Path, test_set: tuple[Path, Path], tmp_
     """All variants on a tiny network: table, results, plot; one that is not installed has a row that says so."""
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    missing_nncf(monkeypatch)
+    monkeypatch.setitem(sys.modules, "nncf", None)  # an import then fails, installed or not
     out = tmp_path / "made" / "speed.json"
     given = ("--size", 12, 16, "--size", 9, 11, "--rounds", 1, "--seconds", 0, "--test", *test_set, "-o", out)
     said = qsr(monkeypatch, "bench", model, *given, "--variants", ",".join(VARIANTS))
@@ -198,16 +200,45 @@ def test_the_command(monkeypatch, model: Path, test_set: tuple[Path, Path], tmp_
     assert picture.shape[1] == 1152 and picture.std() > 10
 
 
-def missing_nncf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imports of NNCF fail, whether it is installed or not."""
-    real = builtins.__import__
+def stub_nncf() -> ModuleType:
+    """What is called of NNCF; the model stays as it is."""
+    nncf = ModuleType("nncf")
+    nncf.QuantizationPreset = SimpleNamespace(MIXED="mixed")
+    nncf.TargetDevice = SimpleNamespace(CPU="cpu")
+    nncf.Dataset, nncf.calls = list, []
 
-    def without(name: str, *others: object, **more: object) -> ModuleType:
-        if name == "nncf":
-            raise ImportError("No module named 'nncf'")
-        return real(name, *others, **more)
+    def quantize(model: object, data: list[np.ndarray], **how: object) -> object:
+        nncf.calls.append(([batch.shape for batch in data], how))
+        return model
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    nncf.quantize = quantize
+    return nncf
+
+
+def test_nncf_quantizes_the_float_file_after_the_passes(monkeypatch, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    nncf = stub_nncf()
+    monkeypatch.setitem(sys.modules, "nncf", nncf)
+    net = load_quantized(model)
+    models = Models(net, float_network_of(net, None, model), tmp_path / "files", images=[torch.rand(1, 3, 20, 24)])
+    opened = models.open("nncf", (12, 16))
+    models.open("nncf", (8, 8))
+    how = {"subset_size": 1, "preset": "mixed", "target_device": "cpu"}
+    assert nncf.calls == [([(1, 3, 20, 24)], how)]  # once for all sizes
+    assert opened.notes[-1] == "calibrated on 1 batches of the images given"
+    assert any("tail" in note for note in opened.notes) and "after the exact passes" in VARIANTS["nncf"]
+    x = np.random.default_rng(0).random((1, 3, 12, 16), np.float32)
+    float_file = models.open("openvino-float-passes", (12, 16))
+    np.testing.assert_allclose(opened.engine(x), float_file.engine(x), atol=1e-5)
+    assert opened.file_bytes > 1000
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no pattern for this operator")
+
+    nncf.quantize = fails
+    with pytest.raises(UserError, match="NNCF cannot quantize this network .RuntimeError: no pattern"):
+        bench_variants.quantize_with_nncf(tmp_path / "files" / "float.onnx", tmp_path / "made.xml", [x])
 
 
 def test_memory_is_that_of_another_process(model: Path, tmp_path: Path) -> None:
@@ -220,6 +251,28 @@ def test_memory_is_that_of_another_process(model: Path, tmp_path: Path) -> None:
     assert 2 * maps < taken < 20 * maps
 
 
+def test_memory_of_a_network_with_windows(tiny_net, images, tmp_path: Path) -> None:
+    """Its class, which pads, cannot be pickled: the child builds it anew."""
+    net = calibrate(quantize_model(tiny_net("SwinIR"), equal("pams", 4)), images)
+    opened = Models(net, float_network_of(net, None, tmp_path), tmp_path).open("torch", (9, 11))
+    x = np.random.default_rng(0).random((1, 3, 9, 11), np.float32)
+    np.testing.assert_array_equal(opened.open_run()(x), opened.engine(x))
+    assert bench_memory.memory_of(opened.open_run, np.zeros((1, 3, 128, 128), np.float32)) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("open_run", "said"),
+    [
+        (partial(os._exit, 3), "the process was ended"),
+        (lambda: None, "pickle"),
+        (partial(int, "no number"), "ValueError: invalid literal"),
+    ],
+)
+def test_what_can_happen_to_a_child(open_run: Callable, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        bench_memory.memory_of(open_run, np.zeros(1))
+
+
 def test_a_child_that_dies_is_a_note(monkeypatch, model: Path) -> None:
     monkeypatch.setattr(work, "memory_of", lambda *_: (_ for _ in ()).throw(UserError("the process was ended")))
     opened = {REFERENCE: nearest_engine(), "torch": nearest_engine()}
@@ -229,12 +282,14 @@ def test_a_child_that_dies_is_a_note(monkeypatch, model: Path) -> None:
             return bench_variants.Opened(opened[name], lambda: None, 1)
 
     net = load_quantized(model)
+    before = torch.get_num_threads()
     rows = work.bench(
         Two(net, float_network_of(net, None, model), model.parent),
         [REFERENCE, "torch"],
-        Protocol(((8, 8),), rounds=1, seconds=0.0),
+        Protocol(((8, 8),), before + 1, rounds=1, seconds=0.0),
         memory=True,
     )
+    assert torch.get_num_threads() == before
     assert [row.note for row in rows] == ["memory at 8x8 is not known: the process was ended"] * 2
     assert all(row.speeds for row in rows)
 
@@ -323,11 +378,11 @@ def test_files_that_are_not_quantized(monkeypatch, tiny_net, tmp_path: Path) -> 
 
 def test_a_missing_extra_is_named(monkeypatch, model: Path) -> None:
     def missing(name: str) -> None:
-        raise UserError(f'{name} is needed for this and cannot be imported (no): pip install "qsr_plugin[deploy]"')
+        raise UserError(f"{name} is needed for this and cannot be imported (no): install the extra 'deploy'")
 
     monkeypatch.setattr("qsr_plugin.deploy.engine.require", missing)
     monkeypatch.chdir(model.parent)
-    assert 'pip install "qsr_plugin[deploy]"' in qsr(monkeypatch, "bench", model, fails=True)
+    assert "install the extra 'deploy'" in qsr(monkeypatch, "bench", model, fails=True)
 
 
 def test_out_of_memory_names_the_size() -> None:

@@ -64,7 +64,7 @@ def test_weights_have_at_most_as_many_values_as_their_bits_and_say_their_grid(qu
         grid, seen = quantizer.qparams(), seen + 1
         per_channel = grid.scale.dim() == 1
         for part in site.weight if per_channel else [site.weight]:
-            assert len(part.unique()) <= 8 if quantizer.candidates == (3,) else 256
+            assert len(part.unique()) <= (8 if quantizer.candidates == (3,) else 256)
         shape = (-1, *[1] * (site.weight.dim() - 1)) if per_channel else ()
         codes = site.weight / grid.scale.view(shape) + grid.zero_point.view(shape)
         assert torch.allclose(codes, codes.round(), atol=1e-3)

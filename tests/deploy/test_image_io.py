@@ -6,12 +6,13 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from qsr_plugin.deploy.image_io import Picture, read_picture, write_picture
 from qsr_plugin.errors import UserError
@@ -130,7 +131,7 @@ def test_other_formats_and_what_they_cannot_hold(
     "path, error, said",
     [
         ("out.tiff", UserError, "written as png, jpg, webp; change the ending"),
-        ("out.webp", OSError, "17000x2 cannot be written as webp"),
+        ("out.webp", UserError, "17000x2 cannot be written as webp"),
     ],
 )
 def test_what_cannot_be_written_is_named(path: str, error: type[Exception], said: str, tmp_path: Path) -> None:
@@ -138,6 +139,44 @@ def test_what_cannot_be_written_is_named(path: str, error: type[Exception], said
     with pytest.raises(error, match=said):
         write_picture(tmp_path / path, wide, Picture(wide / np.float32(255)))
     assert list(tmp_path.iterdir()) == []
+
+
+def profile_of(space: str) -> bytes:
+    """The colour profile of sRGB, which says that it is for a space of colours."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return data[:16] + space.encode() + data[20:]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_the_colour_profile_comes_back(ending: str, mode: str, tmp_path: Path) -> None:
+    profile = profile_of("GRAY" if mode == "L" else "RGB ")
+    smooth = Image.fromarray(noise(4, 4)).resize((16, 16)).convert(mode)
+    smooth.save(tmp_path / "in.png", icc_profile=profile)
+    picture = read_picture(tmp_path / "in.png")
+    assert picture.profile == profile
+    with_profile = back(picture, tmp_path / f"out.{ending}", 2)
+    with Image.open(tmp_path / f"out.{ending}") as found:
+        assert found.info["icc_profile"] == profile and found.size == (32, 32)
+        found.load()
+    without = back(replace(picture, profile=None), tmp_path / f"plain.{ending}", 2)
+    assert with_profile.shape == without.shape
+    assert np.abs(with_profile.astype(int) - without).max() <= (3 if ending == "jpg" else 0)
+
+
+def test_a_profile_at_16_bits(tmp_path: Path) -> None:
+    profile, pixels = profile_of("RGB "), deep(3)
+    path = deep_png(tmp_path / "in.png", pixels, 2)
+    picture = replace(read_picture(path), profile=profile)
+    np.testing.assert_array_equal(back(picture, tmp_path / "out.png"), pixels[..., ::-1])
+    assert read_picture(tmp_path / "out.png").profile == profile
+
+
+def test_a_profile_for_other_colours_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("CMYK", (16, 16)).save(tmp_path / "in.jpg", icc_profile=profile_of("CMYK"))
+    with caplog.at_level(logging.WARNING):
+        assert read_picture(tmp_path / "in.jpg").profile is None
+    assert "in.jpg: its colour profile is for other colours" in caplog.text
 
 
 @pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"text" * 9])

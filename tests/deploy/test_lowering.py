@@ -40,7 +40,7 @@ def grid(scale: float, zero: float, qmin: int, qmax: int) -> QParams:
 def test_a_grid_is_that_of_the_quantizer(params: QParams, bits: int) -> None:
     x = 3 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
     codes = torch.clamp(torch.round(x / params.scale + params.zero_point), params.qmin, params.qmax)
-    made = Grid(params, bits)
+    made = Grid(params)
     apart = (made(x) - (codes - params.zero_point) * params.scale).abs() / params.scale
     assert apart.max() < 1.01 and (apart > 0.01).float().mean() < 0.01  # float32 resolves 16 bits hardly
     assert made.zero.dtype == (torch.uint8 if bits <= 8 else torch.uint16)
@@ -167,6 +167,12 @@ def test_what_has_no_constant_grid_is_refused(tiny_net, images) -> None:
         lower(net, bits=9)
     with pytest.raises(UserError, match="not calibrated: body.0.conv1"):
         lower(quantize_model(tiny_net(), load_recipe("percentile")))
+
+
+def test_bits_are_asked_for_where_there_is_a_choice(tiny_net, images) -> None:
+    net = calibrate(quantize_model(tiny_net(), load_recipe("auto")), images)
+    with pytest.raises(LoweringError, match=r"bits=8 \(--bits 8\) is for networks whose bits depend on the image"):
+        lower(net, bits=8)
 
 
 def test_nothing_that_goes_in_is_changed(tiny_net, images) -> None:

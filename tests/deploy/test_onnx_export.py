@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 import qsr_plugin
 from qsr_plugin import calibrate, load_recipe, quantize_model
-from qsr_plugin.deploy.comparison import Agreement, synthetic_images
+from qsr_plugin.deploy.comparison import Agreement, _Forced, synthetic_images
 from qsr_plugin.deploy.engine import Engine, open_engine
 from qsr_plugin.deploy.lowering import LoweringError, lower
 from qsr_plugin.deploy.onnx_export import ExportError, export_onnx
@@ -25,7 +26,7 @@ pytest.importorskip("onnxscript", reason="the extra [deploy] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [deploy] is not installed")
 pytest.importorskip("openvino", reason="the extra [deploy] is not installed")
 
-SIZES = [(16, 16), (17, 23), (5, 40), (31, 8), (2, 3)]
+SIZES = [(16, 16), (17, 23), (5, 40), (31, 8), (3, 4)]
 
 
 def quantized(net: nn.Module, method: str, bits: int, images: list[torch.Tensor], **changes: object) -> nn.Module:
@@ -69,7 +70,7 @@ def test_two_engines_give_what_pytorch_gives(edsr, images, tmp_path: Path, metho
         wanted = output(net, image)
         for engine in engines:
             difference = np.abs(engine(image) - wanted)
-            assert difference.mean() <= 1e-4 and difference.max() <= 1 / 255 + 0.05 * (method == "percentile"), size
+            assert difference.mean() <= 1e-4 and difference.max() <= 1 / 255, size
     assert engines[0].scale == 4 and engines[0].fixed is None
 
 
@@ -95,25 +96,31 @@ def test_what_a_reader_needs_is_in_the_file(edsr, images, tmp_path: Path) -> Non
     export_onnx(net, path := tmp_path / "net.onnx")
     told = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert told["qsr_plugin"] == qsr_plugin.__version__ and told["format"] == "1"
-    assert (told["scale"], told["window"], told["minimum"], told["dynamic"]) == ("4", "1", "2", "1")
+    assert (told["scale"], told["window"], told["minimum"], told["dynamic"]) == ("4", "1", "3", "1")
     assert json.loads(told["recipe"]) == net.recipe.to_dict() and json.loads(told["backbone"])["type"] == "EDSR"
 
 
-def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path) -> None:
-    """The convolution behind a pixel shuffle reads bytes that the shuffle moved; the result is the same."""
-    net = quantized(tiny_net("EDSR", upscale=2), "auto", 8, images, placement="full")
-    report = export_onnx(net, path := tmp_path / "net.onnx")
+@pytest.mark.parametrize("method", ["auto", "minmax"])
+@pytest.mark.parametrize("passes", [True, False])
+def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path, method: str, passes: bool) -> None:
+    """Convolutions behind two pixel shuffles read bytes that these moved; a grid with a shift reads floats."""
+    net = quantized(tiny_net("EDSR", upscale=4), method, 8, images, placement="full")
+    report = export_onnx(net, path := tmp_path / "net.onnx", passes=passes)
     row = kinds_of(path)
-    shuffle = row.index("DepthToSpace")
-    assert row[shuffle - 2 : shuffle + 2] == ["Clip", "QuantizeLinear", "DepthToSpace", "DequantizeLinear"]
-    assert report.agreement.holds and report.agreement.quantizers == 8
+    moved = [row[at - 2 : at + 2] == ["Clip", "QuantizeLinear", "DepthToSpace", "DequantizeLinear"]
+             for at, kind in enumerate(row) if kind == "DepthToSpace"]  # fmt: skip
+    assert moved == [passes and method == "auto"] * 2
+    assert ("before the pixel shuffle: 2 place(s)" in str(report)) == moved[0]
+    assert report.agreement.holds and report.agreement.quantizers == 9
     image = synthetic_images(1, (9, 14)).numpy()
-    assert psnr(open_engine(path)(image), output(net, image)) > 60
+    assert psnr(open_engine(path)(image), output(net, image)) > 45
 
 
 def test_without_passes_the_network_is_as_it_is(edsr, images, tmp_path: Path) -> None:
     net = quantized(edsr, "auto", 8, images)
     report = export_onnx(net, path := tmp_path / "net.onnx", passes=False)
+    data = path.read_bytes()
+    assert b"site-packages" not in data and str(Path(qsr_plugin.__file__).parent).encode() not in data
     assert report.steps == () and kinds_of(path).count("DepthToSpace") == 2
 
 
@@ -148,6 +155,25 @@ def test_bits_by_content_are_exported_at_one_width_on_request(edsr, images, tmp_
     assert psnr(open_engine(path, "onnxruntime")(image), output(lower(net, bits=8), image)) > 60
 
 
+@pytest.mark.parametrize("method", ["fqsr", "minmax", "dorefa"])
+def test_grids_without_a_zero_level(tiny_net, images, tmp_path: Path, method: str) -> None:
+    """Enough values that some lie on a rounding border; places behind sums and outputs are compared as well."""
+    net = quantized(tiny_net("EDSR", num_feat=24), method, 8, images)
+    report = export_onnx(net, path := tmp_path / "net.onnx")
+    assert report.agreement.holds and report.agreement.openvino > 40
+    image = synthetic_images(2, (20, 31)).numpy()
+    assert psnr(open_engine(path)(image), output(net, image)) > 40
+
+
+def test_what_is_not_finite_or_missing_does_not_agree() -> None:
+    forced = _Forced([(torch.zeros(1), torch.zeros(1))])
+    forced.agree(torch.zeros(3), torch.tensor([math.nan, 0.0, 0.0]))
+    assert forced.apart == math.inf
+    fewer = _Forced([(torch.zeros(1), torch.zeros(1))])
+    fewer.finish()
+    assert fewer.apart == math.inf and not Agreement(1, 1.0, 0, 0.0, math.nan).holds
+
+
 @pytest.mark.parametrize("method", ["daq", "linq"])
 def test_what_is_not_uniform_is_refused_before_work(edsr, images, tmp_path: Path, method: str) -> None:
     with pytest.raises(LoweringError, match=r"body\.0.*not uniform.*'auto'"):
@@ -162,7 +188,7 @@ def test_bad_places(edsr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(OSError, match="cannot write"):
         export_onnx(edsr, tmp_path / "file" / "net.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"onnxscript is needed.*qsr_plugin\[deploy\]"):
+    with pytest.raises(UserError, match=r"onnxscript is needed.*extra 'deploy'"):
         export_onnx(edsr, tmp_path / "net.onnx")
 
 
@@ -188,7 +214,7 @@ def test_a_network_that_takes_one_size(edsr, images, tmp_path: Path, sides: tupl
 
     net = Sized().eval()
     report = export_onnx(net, path := tmp_path / "net.onnx", sides)
-    assert not report.dynamic and f"fixed to {sides[0]}x{sides[1]}" in str(report)
+    assert not report.dynamic and f"{sides[0]}x{sides[1]} pixels only" in str(report)
     engine = open_engine(path)
     image = synthetic_images(1, sides).numpy()
     assert engine.fixed == sides and np.abs(engine(image) - output(net, image)).max() < 1e-4

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,13 +62,54 @@ def test_a_model_of_fixed_size_gets_only_its_tiles(size: tuple[int, int]) -> Non
 
 
 def test_tiles_give_the_result_of_the_whole_image(tiny_net) -> None:
-    """The overlap of 16 covers the receptive field of this network: 7 pixels to each side."""
+    """An overlap of 16 covers the receptive field of this network: 7 pixels to each side."""
     engine = open_engine(tiny_net("EDSR", num_block=2))
     image = as_float(levels(60, 45))
     whole = upscale_tiled(engine, image, None).astype(int)
     assert np.abs(upscale_tiled(engine, image, 24, 16, 3) - whole).max() <= 1
     apart = upscale_tiled(engine, image, 24, 0) - whole
     assert np.abs(apart).max() > 1  # without overlap seams show, so that the line above could fail
+
+
+def test_the_default_overlap_is_what_the_network_needs(tiny_net) -> None:
+    """16 blocks see 37 pixels to each side; the weights let far ones matter, and the output fill the range."""
+    net, images = tiny_net("EDSR", num_block=16), torch.rand(2, 3, 48, 48, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in net.body.named_parameters():
+            parameter *= 3 if name.endswith("weight") else 1
+        net.conv_last.weight *= 0.2 / net(images).std()
+        net.conv_last.bias += 0.5 - net(images).mean()
+    engine = open_engine(net)
+    assert 16 <= engine.reach <= 37
+    image = as_float(levels(100, 170))
+    whole = upscale_tiled(engine, image, None).astype(int)
+    assert np.abs(upscale_tiled(engine, image, 90) - whole).max() <= 1
+    assert np.abs(upscale_tiled(engine, image, 60, 16) - whole).max() > 20  # so that the line above could fail
+
+
+class Pooled(torch.nn.Module):
+    """The brightness of the whole image matters everywhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.mean(dim=(2, 3), keepdim=True)
+
+
+def test_reach_of_networks(tiny_net, caplog: pytest.LogCaptureFixture) -> None:
+    assert nearest_engine().reach == 0
+    assert 1 <= open_engine(tiny_net("EDSR", num_block=2)).reach <= 9
+    assert nearest_engine(fixed=(8, 24), window=8).reach == 0 and nearest_engine(fixed=(8, 8), window=8).reach == 0
+    assert not caplog.records
+    everywhere = open_engine(Pooled())
+    assert [tiles.default_overlap(everywhere, side) for side in (192, 192, 40)] == [64, 64, 20]
+    (warning,) = caplog.records
+    assert "looks at more than 48 pixels to each side, or at the whole image" in warning.getMessage()
+
+
+@pytest.mark.parametrize("tile, overlap", [(None, None), (48, 4), (200, None)])
+def test_nothing_is_measured_without_need(tile: int | None, overlap: int | None) -> None:
+    seen: list[tuple[int, ...]] = []
+    upscale_tiled(nearest_engine(2, lambda x: seen.append(x.shape)), np.zeros((60, 50, 3), np.float32), tile, overlap)
+    assert not [shape for shape in seen if shape[3] > 60]
 
 
 def test_results_are_clipped_and_rounded() -> None:
@@ -182,3 +224,15 @@ def test_the_tile_is_chosen_by_image_and_memory(
     monkeypatch.setattr(tiles, "free_memory", lambda device: free)
     assert default_tile(nearest_engine(), *size) == expected
     assert default_tile(SimpleNamespace(fixed=(8, 8)), *size) is None
+
+
+def test_memory_is_that_of_the_network_and_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_net) -> None:
+    engine = open_engine(tiny_net())
+    assert engine.pixel_bytes == 4 * (32 + 32)  # its pixel shuffle, see test_bench.py
+    needed = 2 * engine.pixel_bytes * 400 * 400
+    monkeypatch.setattr(tiles, "free_memory", lambda device: needed)
+    assert default_tile(engine, 400, 400) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert default_tile(engine, 400, 400) == 192
+    monkeypatch.setattr(tiles, "free_memory", lambda device: 2 * needed)
+    assert default_tile(engine, 400, 400) is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,16 @@ from typer.testing import CliRunner
 from qsr_plugin import calibrate, load_recipe, quantize_model, save_quantized, set_depth
 from qsr_plugin.cli import app
 from qsr_plugin.deploy.engine import Engine
-from qsr_plugin.deploy.upscale import Job, Tiling, plan, prepare, share_of_process, upscale_files
+from qsr_plugin.deploy.image_io import read_picture
+from qsr_plugin.deploy.upscale import (
+    Job,
+    Tiling,
+    check_any_readable,
+    plan,
+    prepare,
+    share_of_process,
+    upscale_files,
+)
 from qsr_plugin.errors import UserError
 from qsr_plugin.progress import track
 from tests.data.conftest import noise, write_png
@@ -61,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
 
 def whole_run(photos: Path, out: Path, engine: Engine, **keep: bool):
-    jobs, there = prepare(plan([photos], out), **keep)
+    jobs, there = prepare(plan([photos], out), engine.scale, **keep)
     return upscale_files(engine, jobs, Tiling(), there=there)
 
 
@@ -129,9 +140,9 @@ def test_nothing_readable_is_an_error(run, photos: Path, model: Path, tmp_path: 
 
 
 def test_impossible_tiles_are_refused_before_work(run, photos: Path, model: Path, tmp_path: Path) -> None:
-    done = run(photos, "-o", tmp_path / "out", "--model", model, "--tile", 16)
+    done = run(photos, "-o", tmp_path / "out", "--model", model, "--tile", 16, "--overlap", 16)
     assert isinstance(done.exception, UserError) and "overlap is 16; it must be 0 to 15" in str(done.exception)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # -- what goes where -------------------------------------------------------------------------------------------------
@@ -172,7 +183,7 @@ def test_results_that_exist_need_a_word(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     whole_run(photos, out, nearest_engine(2))
     with pytest.raises(UserError, match=r"a.png exists already \(and 2 more\): --resume .* --overwrite"):
-        prepare(plan([photos], out))
+        prepare(plan([photos], out), 2)
     whole_run(photos, out, nearest_engine(3), overwrite=True)
     assert pixels_of(out / "a.png").shape == (27, 36, 3)
 
@@ -180,8 +191,8 @@ def test_results_that_exist_need_a_word(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["file", "file/out", "/proc/out"])
 def test_a_folder_that_cannot_be_written_is_refused_before_work(place: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write to .*Choose a folder"):
-        prepare(plan([photos], tmp_path / place))
+    with pytest.raises(OSError, match="cannot write .*Choose a folder"):
+        prepare(plan([photos], tmp_path / place), 2)
 
 
 def test_a_folder_without_permission_is_refused_by_the_system(
@@ -192,9 +203,9 @@ def test_a_folder_without_permission_is_refused_by_the_system(
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("qsr_plugin.deploy.upscale.tempfile.TemporaryFile", refuse)
-    with pytest.raises(OSError, match="cannot write to .*out: Permission denied"):
-        prepare(plan([photos], tmp_path / "out"))
+    monkeypatch.setattr("qsr_plugin.atomic.tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match="cannot write .*out.*Permission denied"):
+        prepare(plan([photos], tmp_path / "out"), 2)
 
 
 # -- runs that were stopped ------------------------------------------------------------------------------------------
@@ -213,11 +224,17 @@ def test_a_stopped_run_goes_on(photos: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["a.png"]
     (out / ".b.png.k3x_9a.tmp").write_bytes(b"half")  # of a process that was killed while it wrote
     (out / ".z.png.k3x_9a.tmp").write_bytes(b"of another run")
+    (out / ".c.png.k3x_9a.tmp").write_bytes(b"of one that is writing now")
+    for name in "bz":
+        os.utime(out / f".{name}.png.k3x_9a.tmp", (time.time() - 4000,) * 2)
     before = (out / "a.png").stat().st_mtime_ns
     summary = whole_run(photos, out, nearest_engine(2), resume=True)
     assert (summary.images, summary.there) == (2, 1) and "1 there already" in str(summary)
     assert (out / "a.png").stat().st_mtime_ns == before
-    assert sorted(path.name for path in out.iterdir()) == [".z.png.k3x_9a.tmp", "a.png", "b.png", "c.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(".c.png.k3x_9a.tmp", ".z.png.k3x_9a.tmp"),
+        *("a.png", "b.png", "c.png"),
+    ]
     for path in photos.iterdir():
         np.testing.assert_array_equal(
             pixels_of(out / path.name), nearest(pixels_of(path).transpose(2, 0, 1)).transpose(1, 2, 0)
@@ -234,6 +251,44 @@ def test_a_result_that_is_cut_short_is_made_again(photos: Path, tmp_path: Path) 
     assert (out / "c.png").read_bytes() == good
 
 
+def test_results_of_any_size_are_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pillow's limit against decompression bombs is for images from elsewhere, not for results."""
+    out = tmp_path / "out"
+    whole_run(photos, out, nearest_engine(4))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 7)  # an image may have twice as many, a result has 16 times
+    assert prepare(plan([photos], out), 4, resume=True) == ([], 3)
+    assert Image.MAX_IMAGE_PIXELS == 20 * 7 and not caplog.records
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(ValueError, match=r"a\.png: is too large \(Image size \(108 pixels\) exceeds limit.*Cut it"):
+        read_picture(photos / "a.png")
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "webp"])
+def test_a_result_of_another_scale_is_made_again(
+    form: str, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lying = Image.Exif()
+    lying[0x0112] = 6  # a viewer turns it by 90 degrees
+    Image.fromarray(noise(5, 8)).save(photos / "turned.jpg", exif=lying)
+    out = tmp_path / "out"
+    jobs = plan([photos], out, form=form)
+    upscale_files(nearest_engine(2), prepare(jobs, 2)[0], Tiling())
+    assert prepare(jobs, 2, resume=True) == ([], 4)
+    assert prepare(jobs, 4, resume=True) == (jobs, 0)
+    assert f"a.{form} is 24x18, this network makes 48x36 of the image: it is made again" in caplog.text
+    (out / f"a.{form}").write_bytes((out / f"a.{form}").read_bytes()[:-3])
+    assert prepare(jobs, 2, resume=True) == (jobs[:1], 3)
+
+
+def test_what_a_format_cannot_hold_is_refused_before_work(photos: Path, tmp_path: Path) -> None:
+    write_png(photos / "a.png", noise(1, 8192))
+    engine = nearest_engine(2, lambda x: pytest.fail("worked first"))
+    with pytest.raises(UserError, match="16384x2 cannot be written as webp, which holds 16383 pixels"):
+        upscale_files(engine, plan([photos / "a.png"], tmp_path / "a.webp"), Tiling())
+
+
 def test_an_image_at_fault_is_named(photos: Path, tmp_path: Path) -> None:
     with np.errstate(all="ignore"), pytest.raises(UserError, match=r"a\.png: the output holds NaN or infinity"):
         whole_run(photos, tmp_path / "out", Engine("torch", 2, lambda x: nearest(x) / np.float32(0)))
@@ -248,6 +303,34 @@ def test_processes_share_the_images(photos: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.setenv("RANK", rank)
         shares.append([job.source.name for job in share_of_process(jobs)])
     assert shares == [["a.png", "c.png"], ["b.png"]]
+
+
+def test_a_process_judges_by_its_own_share(photos: Path, tmp_path: Path) -> None:
+    """One whose only image is broken must not stop the others; where no image is one, every process says so."""
+    jobs = plan([photos], tmp_path / "out")
+    broken = [job.source for job in jobs]
+    check_any_readable(jobs, jobs, broken[:2])
+    check_any_readable(jobs, jobs[1:2], broken[1:2])
+    check_any_readable(jobs, [], [])  # more processes than images
+    for path in photos.iterdir():
+        path.write_bytes(b"")
+    for own in (jobs, jobs[1:2]):
+        with pytest.raises(UserError, match="none of 3 images could be read"):
+            check_any_readable(jobs, own, [job.source for job in own])
+
+
+def test_two_processes_make_all_results(
+    run, photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, in the environment that torchrun sets; the image of one is broken."""
+    (photos / "b.png").write_bytes(b"")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank, said in (("0", "2 image(s)"), ("1", "0 image(s)")):
+        monkeypatch.setenv("RANK", rank)
+        done = run(photos, "-o", tmp_path / "out", "--model", model)
+        assert done.exit_code == 0 and said in done.output, done.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
 @pytest.mark.parametrize("names, said", [("abc", "upscaling"), ("a", "tiles")])

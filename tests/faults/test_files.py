@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from qsr_plugin.atomic import check_writable
 from qsr_plugin.checkpoint import (
     CheckpointError,
     load_float_weights,
@@ -264,6 +265,24 @@ def test_the_old_file_stays_readable_until_the_new_one_is_complete(tmp_path: Pat
     write_atomically(path, write)
     assert seen == [b"old"] and path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444, "other users can read it"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions")
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    path, before = tmp_path / "net.pth", os.umask(0o027)
+    try:
+        write_atomically(path, lambda temporary: temporary.write_bytes(b"new"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_looking_whether_a_folder_can_be_written_touches_no_file(tmp_path: Path) -> None:
+    (tmp_path / "net.probe").write_text("of the user")
+    check_writable(tmp_path / "net.onnx")
+    check_writable(tmp_path / "new" / "net.onnx")
+    assert (tmp_path / "net.probe").read_text() == "of the user"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["net.probe", "new"]
 
 
 def test_quantized_networks_are_written_the_same_way(tiny_net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
