@@ -46,7 +46,7 @@ demo: install
 	@$(VENV)/bin/python tools/demo.py
 
 test: install
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 # BasicSR comes before the package, and without build isolation, in which pip would download a second torch.
 $(VENV)/host-installed:

@@ -21,6 +21,7 @@ from qsr_plugin.deploy.bench_names import CHANNELS_LAST, NNCF, ONNXRUNTIME, QUAN
 from qsr_plugin.deploy.comparison import synthetic_images
 from qsr_plugin.deploy.engine import Engine, onnx_facts, openvino_session, require
 from qsr_plugin.deploy.onnx_export import ExportReport, export_onnx
+from qsr_plugin.deploy.signal_stack import same_signal_stack
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.surgery import plugin_keys
 
@@ -151,7 +152,8 @@ def quantize_with_nncf(source: Path, target: Path, batches: Sequence[np.ndarray]
     how = {"preset": nncf.QuantizationPreset.MIXED, "target_device": nncf.TargetDevice.CPU}
     try:
         model = openvino.Core().read_model(source)
-        made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), **how)
+        with same_signal_stack():  # it compiles the model to calibrate it
+            made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), **how)
     except Exception as error:  # it raises kinds of its own
         raise UserError(f"NNCF cannot quantize this network ({type(error).__name__}: {error})") from error
     openvino.save_model(made, target, compress_to_fp16=False)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsr_plugin.deploy.engine import require
+from qsr_plugin.deploy.signal_stack import same_signal_stack
 
 #: Least share of identical codes.
 IDENTICAL = 0.9999
@@ -98,9 +99,9 @@ def _openvino(model: Any, net: nn.Module, batch: tuple[int, tuple[int, int]]) ->
         return None
     core = require("openvino").Core()
     images = synthetic_images(*batch)
-    compiled = core.compile_model(
-        core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
+    with same_signal_stack():
+        opened = core.read_model(model.SerializeToString())
+        compiled = core.compile_model(opened, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with torch.inference_mode():
         return _psnr(net(images), torch.from_numpy(compiled(images.numpy())[0]))
 

@@ -22,6 +22,7 @@ from qsr_plugin.checkpoint import CheckpointError, load_quantized
 from qsr_plugin.data.borders import pad_to
 from qsr_plugin.deploy.context import largest_layer, measured_reach
 from qsr_plugin.deploy.folding import fold
+from qsr_plugin.deploy.signal_stack import same_signal_stack
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.foreign_files import ONNX, foreign_kind
 
@@ -202,7 +203,8 @@ def openvino_session(path: Path, threads: int | None) -> Callable[[np.ndarray], 
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
-    model = core.compile_model(core.read_model(path), "CPU", settings)
+    with same_signal_stack():
+        model = core.compile_model(core.read_model(path), "CPU", settings)
     return lambda x: model({_INPUT: np.ascontiguousarray(x)})[_OUTPUT]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from qsr_plugin import calibrate, quantize_model, save_quantized
 from qsr_plugin.deploy.engine import Engine, open_engine
+from qsr_plugin.deploy.signal_stack import signal_stack
 from qsr_plugin.errors import UserError
 from tests.deploy.engines import nearest, nearest_engine, small_net, write_onnx
 
@@ -216,3 +217,13 @@ def test_a_model_that_a_runtime_cannot_run_is_named(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(UserError, match=r"net.onnx: onnxruntime cannot run it \(.*NoSuchOperator"):
         open_engine(path, "onnxruntime")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="alternate signal stacks are looked at on Linux")
+def test_opening_a_model_leaves_the_signal_stack_alone(tmp_path: Path) -> None:
+    """OpenVINO leaves a small one, on which Python's signal handlers overflow as soon as a worker process ends."""
+    pytest.importorskip("openvino", reason="the extra [deploy] is not installed")
+    before = signal_stack()
+    engine = open_engine(write_onnx(tmp_path / "net.onnx"), "openvino")
+    engine(noise(1, 3, 5, 6))
+    assert signal_stack() == before
