@@ -10,7 +10,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qsr_plugin.data.cli import app
+from qsr_plugin.data import cli
 
 BUILD = ["--scale", "2", "--sub-image", "24", "--step", "16", "--min-side", "16"]
 
@@ -18,18 +18,16 @@ BUILD = ["--scale", "2", "--sub-image", "24", "--step", "16", "--min-side", "16"
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the command in a wide terminal, so that no cell is broken."""
-    monkeypatch.setenv("COLUMNS", "400")
+    for console in (cli._out, cli._err):
+        monkeypatch.setattr(console, "_width", 400)
 
     def call(*arguments: object) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
     return call
 
 
-def test_build_then_check(
-    run: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "400")  # a long path takes one row of the table
+def test_build_then_check(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out [1]"
     first = run("build", photos, out, *BUILD, "--shrink", "1", "--shrink", "0.8")
     assert first.exit_code == 0, first.output
