@@ -7,7 +7,6 @@ written.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from qsr_plugin.deploy.onnx_graph import quantize_before_shuffle, without_traces
 from qsr_plugin.deploy.onnx_operators import translations
 from qsr_plugin.deploy.tail import collapse_tail
 from qsr_plugin.errors import UserError
-
-logger = logging.getLogger("qsr_plugin")
 
 #: uint16 carriers need 21.
 OPSET = 21

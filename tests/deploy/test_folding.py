@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from qsr_plugin.quant.surgery import quantizers, sites
 from qsr_plugin.report.complexity_types import CONVENTIONS
 from qsr_plugin.report.sensitivity import sensitivity
 from tests.backbones import FITTING
-from tests.recipes import METHODS, equal, shipped
+from tests.recipes import METHODS
 
 methods = pytest.mark.parametrize("method", METHODS)
 #: One convention for each way to count parameters.
@@ -29,18 +27,6 @@ BACKBONES = [(method, backbone) for method, backbone in FITTING if method in ("d
 def output(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return net(x)
-
-
-@pytest.fixture
-def quantized(tiny_net, images) -> Callable[..., nn.Module]:
-    """A calibrated tiny network in evaluation mode: ``quantized("pams", "EDSR")``; with its own widths if no bits are given."""
-
-    def build(method: str, backbone: str = "EDSR", bits: int | None = None) -> nn.Module:
-        plain = tiny_net(backbone)
-        recipe = shipped(method, plain) if bits is None else equal(method, bits)
-        return calibrate(quantize_model(plain, recipe), images).eval()
-
-    return build
 
 
 @pytest.mark.parametrize(("method", "backbone"), [*((method, "EDSR") for method in METHODS), *BACKBONES])

@@ -14,7 +14,7 @@ from qsr_plugin.deploy.lowering import LoweredConv2d, LoweredLinear, LoweringErr
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.quantizer import QParams, Quantizer
 from qsr_plugin.quant.record import RecordingRoot
-from tests.backbones import FITTING
+from tests.backbones import FITTING, TRANSFORMERS
 from tests.recipes import shipped
 
 #: Recipes that no constant grid expresses, with the words of the message.
@@ -95,17 +95,20 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+#: Each layer, and with its padding quantized those that pad.
+PADDED = [(layer, False) for layer in LAYERS] + [
+    (layer, True) for layer in LAYERS if "linear" not in layer and layer != "transposed"
+]
+
+
+@pytest.mark.parametrize(("layer", "pad_first"), PADDED)
 @pytest.mark.parametrize("quantizers", [("asymmetric", "symmetric"), ("zero_level", "per_channel"), ("rlq", "rlq")])
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("pad_first", [False, True])
 def test_one_layer(layer: str, quantizers: tuple[str, str], bits: int, pad_first: bool) -> None:
     """On the same input the same result, also where the grid has no zero and the layer pads with zeros."""
     torch.manual_seed(0)
     float_net = OneLayer(LAYERS[layer]())
     linear = "linear" in layer
-    if pad_first and (linear or layer == "transposed"):
-        pytest.skip("no convolution that pads")
     rules = [
         {"match": "layer", "port": "input", "quantizer": quantizers[0], "pad_first": pad_first},
         {"match": "layer", "port": "weight", "quantizer": quantizers[1]},
@@ -131,11 +134,14 @@ def calibrated(float_net: nn.Module, recipe: object, x: Tensor) -> nn.Module:
     return net.eval()
 
 
-@pytest.mark.parametrize(("method", "backbone"), FITTING)
+#: Every pair; on transformers, which take longer, the recipes of each kind of grid that there is.
+KINDS = ("auto", "percentile", "2dquant", "quantsr")
+PAIRS = [(method, backbone) for method, backbone in FITTING if backbone not in TRANSFORMERS or method in KINDS]
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_every_method_on_every_backbone(method: str, backbone: str, tiny_net, images) -> None:
     """Lowered places give what quantizers give for the same input; whole outputs differ by single rounding steps."""
-    if backbone in ("HAT", "SwinIR") and method not in ("auto", "percentile", "2dquant", "quantsr"):
-        pytest.skip("transformers are tried with the kinds of grids there are")
     float_net = tiny_net(backbone)
     net = calibrate(quantize_model(deepcopy(float_net), shipped(method, float_net)), images).eval()
     if method in REFUSED:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qsr_plugin import calibrate, checkpoint, complexity, fold, load_quantized, quantize_model
+from qsr_plugin import checkpoint, complexity, fold, load_quantized, quantize_model
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights, read_file, save_quantized
 from qsr_plugin.deploy.codes import coded, pack, unpack
 from qsr_plugin.deploy.packed import PackedReport, save_packed
@@ -24,7 +24,7 @@ from qsr_plugin.quant.surgery import plugin_keys, quantizers, sites
 from qsr_plugin.report.complexity_types import CONVENTIONS
 from qsr_plugin.report.storage import storage_bits
 from tests.backbones import FITTING
-from tests.recipes import METHODS, equal, shipped
+from tests.recipes import METHODS
 
 BACKBONES = [(method, backbone) for method, backbone in FITTING if method == "auto" and backbone != "EDSR"]
 
@@ -32,18 +32,6 @@ BACKBONES = [(method, backbone) for method, backbone in FITTING if method == "au
 def output(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return net(x)
-
-
-@pytest.fixture
-def quantized(tiny_net, images) -> Callable[..., nn.Module]:
-    """A calibrated tiny network in evaluation mode, with a recipe's own widths if no bits are given."""
-
-    def build(method: str, backbone: str = "EDSR", bits: int | None = None, **changes: object) -> nn.Module:
-        plain = tiny_net(backbone)
-        recipe = shipped(method, plain, **changes) if bits is None else equal(method, bits, **changes)
-        return calibrate(quantize_model(plain, recipe), images).eval()
-
-    return build
 
 
 # -- integers --------------------------------------------------------------------------------------------------------

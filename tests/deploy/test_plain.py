@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,30 +10,18 @@ from basicsr.archs.edsr_arch import EDSR
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qsr_plugin import calibrate, fold, quantize_model, set_depth
+from qsr_plugin import fold, quantize_model, set_depth
 from qsr_plugin.checkpoint import CheckpointError, load_float_weights
 from qsr_plugin.deploy.plain import save_plain
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.record import only_places
 from qsr_plugin.quant.surgery import quantizers
 from tests.backbones import TINY
-from tests.recipes import equal, shipped
 
 
 def output(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return net(x)
-
-
-@pytest.fixture
-def quantized(tiny_net, images) -> Callable[..., nn.Module]:
-    """A calibrated tiny network in evaluation mode."""
-
-    def build(method: str, backbone: str = "EDSR", bits: int | None = None) -> nn.Module:
-        plain = tiny_net(backbone)
-        return calibrate(quantize_model(plain, equal(method, bits) if bits else shipped(method, plain)), images).eval()
-
-    return build
 
 
 def weights_only(net: nn.Module) -> list[str]:
