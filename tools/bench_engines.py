@@ -26,7 +26,7 @@ from qsr_plugin import compat
 from qsr_plugin.checkpoint import check_writable, write_atomically
 from qsr_plugin.deploy.bench import bench, check_variants
 from qsr_plugin.deploy.bench_machine import described, engine_versions, machine
-from qsr_plugin.deploy.bench_names import DEFAULT, QUANTIZED
+from qsr_plugin.deploy.bench_names import DEFAULT, INT8, INT8_PLAIN, INT8_TAIL, QUANTIZED
 from qsr_plugin.deploy.bench_plot import bench_plot
 from qsr_plugin.deploy.bench_rows import Protocol, Row, legend, result_of, speed_text, threads_text, to_table
 from qsr_plugin.deploy.bench_variants import Models
@@ -110,7 +110,7 @@ def main(
         float_net, found = float_network(features, blocks), {}
         for width in bits.split(","):
             net = quantized(float_net, width)
-            names = check_variants(DEFAULT if not found else QUANTIZED[:2])
+            names = check_variants(DEFAULT if not found else [INT8_PLAIN, INT8, INT8_TAIL])
             for height, side, threads in cases:
                 protocol = Protocol(((height, side),), threads, rounds, seconds)
                 found[width, height, side, threads] = measured(net, float_net, names, protocol, memory)

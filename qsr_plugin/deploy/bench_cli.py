@@ -47,7 +47,8 @@ def bench(
         Optional[int], Option(help="One width for places whose bits depend on the image, as in qsr export.")
     ] = None,
     images: Annotated[
-        Optional[Path], Option(help="Folder of LR images that nncf calibrates on; else synthetic ones.")
+        Optional[Path],
+        Option(help="Folder of LR images that nncf and an 8-bit tail are calibrated on; else synthetic ones."),
     ] = None,
     memory: Annotated[bool, Option("--memory", help="Peak memory as well, each in a process of its own.")] = False,
     test: Pair = None,

@@ -6,15 +6,17 @@ from __future__ import annotations
 REFERENCE = "openvino-float"
 TORCH, NNCF, ONNXRUNTIME = "torch", "nncf", "onnxruntime-int8"
 CHANNELS_LAST = "torch-channels-last"
+INT8, INT8_TAIL, INT8_PLAIN = "openvino-int8", "openvino-int8-tail", "openvino-int8-no-passes"
 #: Name to what it is, in the order of the table.
 VARIANTS = {
     TORCH: "float network, PyTorch as it is, (N, C, H, W)",
     CHANNELS_LAST: "the same with channels last in memory",
     REFERENCE: "float network, exported as it is",
     "openvino-float-passes": "float network, after the exact passes of qsr export",
-    "openvino-int8-no-passes": "quantized network, exported as it is: what is float in it stays as it was",
-    "openvino-int8": "quantized network as qsr export writes it, with the exact passes",
-    ONNXRUNTIME: "the same file in ONNX Runtime, all its optimisations on",
+    INT8_PLAIN: "quantized network, exported as it is: what is float in it stays as it was",
+    INT8: "quantized network as qsr export writes it, with the exact passes",
+    INT8_TAIL: "the same, and the convolution of a collapsed tail in 8 bits as well (qsr export --tail-images)",
+    ONNXRUNTIME: "the file of openvino-int8 in ONNX Runtime, all its optimisations on",
     NNCF: "float network after the exact passes, quantized by NNCF to 8 bits everywhere, without training, in OpenVINO",
 }
 #: Those measured if nothing else is said.

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from qsr_plugin import compat
 from qsr_plugin.checkpoint import key_differences, load_float_weights
-from qsr_plugin.deploy.bench_names import CHANNELS_LAST, NNCF, ONNXRUNTIME, QUANTIZED, REFERENCE, TORCH
+from qsr_plugin.deploy.bench_names import (
+    CHANNELS_LAST,
+    INT8_PLAIN,
+    INT8_TAIL,
+    NNCF,
+    ONNXRUNTIME,
+    QUANTIZED,
+    REFERENCE,
+    TORCH,
+)
 from qsr_plugin.deploy.comparison import synthetic_images
 from qsr_plugin.deploy.engine import Engine, onnx_facts, openvino_session, require
 from qsr_plugin.deploy.onnx_export import ExportReport, export_onnx
@@ -25,7 +34,8 @@ from qsr_plugin.deploy.signal_stack import same_signal_stack
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.surgery import plugin_keys
 
-_TRIED, _CALIBRATED = 48, (96, 96)
+_TRIED, _CALIBRATED, _IMAGES = 48, (96, 96), 4
+_TAIL = "int8_tail"  # kind of a file
 
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -56,7 +66,7 @@ class Models:
         folder: Where files may be written; not needed any more afterwards.
         threads: Of every engine.
         bits: Width where bits depend on the image, see :func:`~qsr_plugin.deploy.onnx_export.export_onnx`.
-        images: (N, 3, h, w) batches that NNCF calibrates on; synthetic ones if there are none.
+        images: (N, 3, h, w) batches that NNCF and 8-bit tails are calibrated on; synthetic ones if there are none.
     """
 
     def __init__(
@@ -81,8 +91,10 @@ class Models:
         """
         if name in (TORCH, CHANNELS_LAST):
             return self._in_torch(torch.contiguous_format if name == TORCH else torch.channels_last)
-        passes = name not in (REFERENCE, "openvino-int8-no-passes")
-        report = self._export("int8" if name in QUANTIZED else "float", passes, size)
+        passes, which = name not in (REFERENCE, INT8_PLAIN), "int8" if name in QUANTIZED else "float"
+        report = self._export(_TAIL if name == INT8_TAIL else which, passes, size)
+        if name == INT8_TAIL and not report.tail_in_bytes:
+            raise UserError(next(step for step in reversed(report.steps) if step.startswith("tail: ")))
         path, notes = report.path, tuple(str(report).splitlines()[1:])
         kind, open_session = "openvino", openvino_session
         if name == ONNXRUNTIME:
@@ -112,13 +124,16 @@ class Models:
         """An ONNX file: one for all sizes if the network allows it, else one for this size."""
         stem = f"{kind}{'' if passes else '_no_passes'}"
         path, own = self.folder / f"{stem}.onnx", self.folder / f"{stem}_{size[0]}x{size[1]}.onnx"
-        net, bits = (self.net, self.bits) if kind == "int8" else (self.float_net, None)
+        net, bits = (self.float_net, None) if kind == "float" else (self.net, self.bits)
+        how: dict[str, Any] = {"bits": bits, "passes": passes}
+        if kind == _TAIL:
+            how["tail_images"] = self.images or synthetic_images(_IMAGES, _CALIBRATED).split(1)
         if path not in self._exported:
-            self._exported[path] = export_onnx(net, path, bits=bits, passes=passes)
+            self._exported[path] = export_onnx(net, path, **how)
         if self._exported[path].dynamic:
             return self._exported[path]
         if own not in self._exported:
-            self._exported[own] = export_onnx(net, own, size, bits=bits, passes=passes)
+            self._exported[own] = export_onnx(net, own, size, **how)
         return self._exported[own]
 
     def _with_nncf(self, report: ExportReport) -> tuple[Path, tuple[str, ...]]:
@@ -127,7 +142,7 @@ class Models:
         batches, on = [batch.numpy() for batch in self.images], "the images given"
         if not batches or not report.dynamic:
             size = _CALIBRATED if report.dynamic else report.size
-            batches, on = [image[None].numpy() for image in synthetic_images(4, size)], "synthetic images"
+            batches, on = [image[None].numpy() for image in synthetic_images(_IMAGES, size)], "synthetic images"
         if not path.exists():
             quantize_with_nncf(report.path, path, batches)
         return path, (f"calibrated on {len(batches)} batches of {on}",)

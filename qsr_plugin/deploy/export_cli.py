@@ -28,7 +28,11 @@ class Format(str, Enum):
 
 _ENDINGS = {Format.ONNX: (".onnx",), Format.PACKED: (".safetensors",), Format.PLAIN: (".pth", ".safetensors")}
 #: Options that only one format has.
-_OWN = {"--input-size": Format.ONNX, "--bits": Format.ONNX, "--half": Format.PACKED, "--collapse": Format.PACKED}
+_OWN = {
+    **dict.fromkeys(("--input-size", "--bits", "--tail-images"), Format.ONNX),
+    **dict.fromkeys(("--half", "--collapse"), Format.PACKED),
+}
+_TAIL_IMAGES = 32  # at most
 
 
 def export(
@@ -49,6 +53,13 @@ def export(
     bits: Annotated[
         Optional[int], Option(help="onnx: one width for places whose bits depend on the image: another network.")
     ] = None,
+    tail_images: Annotated[
+        Optional[Path],
+        Option(
+            help="onnx: folder of LR images, two or more; a collapsed tail then computes in 8 bits as well, unless "
+            "they change too much."
+        ),
+    ] = None,
     half: Annotated[bool, Option("--half", help="packed: float layers in 16 bits; then not bit-exact.")] = False,
     collapse: Annotated[
         bool,
@@ -56,7 +67,13 @@ def export(
     ] = False,
 ) -> None:
     """Write a quantized network for use elsewhere."""
-    given = {"--input-size": input_size is not None, "--bits": bits is not None, "--half": half, "--collapse": collapse}
+    given = {
+        "--input-size": input_size is not None,
+        "--bits": bits is not None,
+        "--tail-images": tail_images is not None,
+        "--half": half,
+        "--collapse": collapse,
+    }
     for name, owner in _OWN.items():
         if given[name] and form is not owner:
             raise typer.BadParameter(f"{name} belongs to --format {owner.value}: leave it out for {form.value}")
@@ -69,6 +86,7 @@ def export(
     compat.import_host()
     from qsr_plugin import export_onnx, load_quantized
     from qsr_plugin.checkpoint import check_writable
+    from qsr_plugin.data.calibration_set import crops_from_folder
     from qsr_plugin.deploy.packed import save_packed
     from qsr_plugin.deploy.plain import save_plain
 
@@ -78,8 +96,11 @@ def export(
         report = save_packed(net, out, half=half, collapse=collapse)
         console.print(packed_table(report))
         said = "\n".join([*_collapsed(report), f"wrote {out}"])
+    elif form is Format.PLAIN:
+        said = str(save_plain(net, out))
     else:
-        said = str(save_plain(net, out) if form is Format.PLAIN else export_onnx(net, out, input_size, bits=bits))
+        tail = None if tail_images is None else list(crops_from_folder(tail_images, images=_TAIL_IMAGES, batch=1))
+        said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail))
     for line in said.splitlines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

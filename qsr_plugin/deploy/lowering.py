@@ -157,7 +157,7 @@ def _lowered(site: Site, bits: int | None) -> bool:
         site.weight.detach() if weight is None and isinstance(site, nn.Module) and hasattr(site, "weight") else weight
     )
     if isinstance(site, QuantConv2d):
-        _lower_convolution(site, weight, codes)
+        lower_convolution(site, weight, codes)
     elif isinstance(site, QuantLinear):
         _lower_linear(site, weight, codes)
     else:
@@ -230,8 +230,14 @@ def _codes(quantizer: Quantizer, weight: Tensor, quantized: Tensor) -> WeightCod
     return weight_codes(quantized, params, quantizer.channel_axis)
 
 
-def _lower_convolution(site: QuantConv2d, weight: Tensor, codes: WeightCodes | None) -> None:
-    """Swap a convolution's class; everything constant goes into its bias."""
+def lower_convolution(site: nn.Conv2d, weight: Tensor, codes: WeightCodes | None) -> None:
+    """Swap a convolution's class, in place; everything constant goes into its bias.
+
+    Args:
+        site: With a module ``input_grid`` if its input is quantized.
+        weight: As it shall convolve.
+        codes: Its integers; ``None`` where it stays float.
+    """
     if codes is not None and codes.rest is not None and site.groups not in (1, site.out_channels):
         codes = None  # sums over some of the channels are no gain
     del site.weight
@@ -245,7 +251,7 @@ def _lower_convolution(site: QuantConv2d, weight: Tensor, codes: WeightCodes | N
     if grid is not None and grid.shifted:
         missing = -grid.shift * weight.sum(1, keepdim=True)  # per tap what the shift makes of it
         borders = any(site.padding) if isinstance(site.padding, tuple) else site.padding != "valid"
-        if borders and not site.pad_first and site.padding_mode == "zeros":
+        if borders and not getattr(site, "pad_first", False) and site.padding_mode == "zeros":
             site.outside = missing
         else:
             bias = missing.sum((1, 2, 3))

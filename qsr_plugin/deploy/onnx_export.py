@@ -8,12 +8,13 @@ written.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsr_plugin import __version__
 from qsr_plugin.atomic import check_writable, write_atomically
@@ -27,6 +28,7 @@ from qsr_plugin.deploy.lowering import lower
 from qsr_plugin.deploy.onnx_graph import quantize_before_shuffle, without_traces
 from qsr_plugin.deploy.onnx_operators import translations
 from qsr_plugin.deploy.tail import collapse_tail
+from qsr_plugin.deploy.tail_bits import quantize_tail
 from qsr_plugin.errors import UserError
 
 #: uint16 carriers need 21.
@@ -52,6 +54,7 @@ class ExportReport:
         steps: What was rewritten, and what was not and why, a line each.
         float_layers: Layers whose quantized weight stays float, because it does not fit into bytes.
         agreement: With PyTorch.
+        tail_in_bytes: Whether the convolution of a collapsed tail computes in 8 bits.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class ExportReport:
     steps: tuple[str, ...]
     float_layers: tuple[str, ...]
     agreement: Agreement = field(repr=False)
+    tail_in_bytes: bool = False
 
     def __str__(self) -> str:
         any_size = (
@@ -84,6 +88,7 @@ def export_onnx(
     *,
     bits: Optional[int] = None,
     passes: bool = True,
+    tail_images: Optional[Sequence[Tensor]] = None,
 ) -> ExportReport:
     """Write a network as an ONNX file for OpenVINO and ONNX Runtime.
 
@@ -96,6 +101,8 @@ def export_onnx(
             (windows of attention) then take exactly this one.
         bits: See :func:`qsr_plugin.deploy.lowering.lower`.
         passes: Rewrite the network first where that is exact: collapse a linear tail, fold scalings into convolutions.
+        tail_images: Batches (N, 3, h, w), RGB in [0, 1]: a collapsed tail then computes in 8 bits as well, unless that
+            changes them too much; see :func:`qsr_plugin.deploy.tail_bits.quantize_tail`.
 
     Raises:
         LoweringError: If the network has no constant integer form.
@@ -112,6 +119,8 @@ def export_onnx(
     steps = []
     if passes:
         steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
+    tail = None if tail_images is None else quantize_tail(lowered, tail_images)
+    steps += [] if tail is None else [str(tail)]
     sides = _Sides.of(lowered)
     size = sides.fitting(input_size or TRACED)
     model, agreement, free = _traced(lowered, size, sides, passes)
@@ -124,7 +133,15 @@ def export_onnx(
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
     steps += free.told
     return ExportReport(
-        path, len(data), free.sides, size, sides.multiple, tuple(steps), lowered.float_weights, agreement
+        path,
+        len(data),
+        free.sides,
+        size,
+        sides.multiple,
+        tuple(steps),
+        lowered.float_weights,
+        agreement,
+        tail_in_bytes=tail is not None and tail.applied,
     )
 
 

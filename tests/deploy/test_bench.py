@@ -175,7 +175,7 @@ def test_the_command(monkeypatch, model: Path, test_set: tuple[Path, Path], tmp_
     said = qsr(monkeypatch, "bench", model, *given, "--variants", ",".join(VARIANTS))
     assert "EDSR x2, pams W4A4, 12x16" in said and "EDSR x2, pams W4A4, 9x11" in said and "Small" in said
     assert "CPU time, 1 thread" in said and "nncf: not installed: pip install nncf" in said
-    assert f"wrote {out} and {out.with_suffix('.png')}" in said and "measuring 12x16: 6 in" in said
+    assert f"wrote {out} and {out.with_suffix('.png')}" in said and "measuring 12x16: 7 in" in said
     table = read_table(out)
     rows = {row.label: row for row in table.rows}
     assert list(rows) == list(VARIANTS) and table.settings["threads"] == 1 and table.settings["machine"]["cores"] >= 1
@@ -195,6 +195,7 @@ def test_the_command(monkeypatch, model: Path, test_set: tuple[Path, Path], tmp_
         assert score == pytest.approx(psnr["openvino-int8" if quantized else "torch"], abs=0.05 if quantized else 1e-4)
     assert psnr["openvino-int8"] != psnr["torch"]
     assert any("tail" in step for step in rows["openvino-int8"].details["steps"])
+    assert any("convolution in 8 bits" in step for step in rows["openvino-int8-tail"].details["steps"])
     assert not any("tail" in step for step in rows["openvino-int8-no-passes"].details["steps"])
     picture = cv2.imread(str(out.with_suffix(".png")))
     assert picture.shape[1] == 1152 and picture.std() > 10
@@ -342,6 +343,15 @@ def test_a_variant_that_cannot_be_made_is_a_row_and_the_others_go_on(
         models.open("openvino-int8", (8, 8))
 
 
+def test_a_tail_that_is_not_collapsed_has_no_row_in_8_bits(tiny_net, images, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    net = calibrate(quantize_model(tiny_net("SRResNet"), equal("pams", 4)), images)
+    models = Models(net, float_network_of(net, None, tmp_path), tmp_path)
+    with pytest.raises(UserError, match="tail: not collapsed, so not quantized for itself either"):
+        models.open("openvino-int8-tail", (12, 12))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -435,4 +445,4 @@ def test_the_tool(monkeypatch, script, tmp_path: Path, capsys) -> None:  # noqa:
     assert sum("openvino-float`" in line for line in lines) == 1 and any("pip install nncf" in line for line in lines)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"w8a8_8x8_1t.json", "w8a8_8x8_1t.png", "w4a4_8x12_1t.json", "w4a4_8x12_1t.png"} <= written
-    assert len(read_table(tmp_path / "w4a4_8x8_1t.json").rows) == 3
+    assert len(read_table(tmp_path / "w4a4_8x8_1t.json").rows) == 4
