@@ -29,7 +29,7 @@ class Format(str, Enum):
 _ENDINGS = {Format.ONNX: (".onnx",), Format.PACKED: (".safetensors",), Format.PLAIN: (".pth", ".safetensors")}
 #: Options that only one format has.
 _OWN = {
-    **dict.fromkeys(("--input-size", "--bits", "--tail-images"), Format.ONNX),
+    **dict.fromkeys(("--input-size", "--bits", "--tail-images", "--signed"), Format.ONNX),
     **dict.fromkeys(("--half", "--collapse"), Format.PACKED),
 }
 _TAIL_IMAGES = 32  # at most
@@ -60,6 +60,9 @@ def export(
             "they change too much."
         ),
     ] = None,
+    signed: Annotated[
+        bool, Option("--signed", help="onnx: signed bytes for activations, as TensorRT has them; slower on CPUs.")
+    ] = False,
     half: Annotated[bool, Option("--half", help="packed: float layers in 16 bits; then not bit-exact.")] = False,
     collapse: Annotated[
         bool,
@@ -71,6 +74,7 @@ def export(
         "--input-size": input_size is not None,
         "--bits": bits is not None,
         "--tail-images": tail_images is not None,
+        "--signed": signed,
         "--half": half,
         "--collapse": collapse,
     }
@@ -100,7 +104,7 @@ def export(
         said = str(save_plain(net, out))
     else:
         tail = None if tail_images is None else list(crops_from_folder(tail_images, images=_TAIL_IMAGES, batch=1))
-        said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail))
+        said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail, signed=signed))
     for line in said.splitlines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -3,7 +3,7 @@
 A grid ``value = (code - z) s`` with a real-valued zero point z is split as ``z = n + f``: n is the integer zero point
 that engines know, and ``f s`` shifts the tensor before rounding and back afterwards, so that nothing is lost.
 Activations are carried by unsigned bytes, weights by signed ones (Jacob et al., CVPR 2018), whatever their bit width:
-narrower grids are clipped first.
+narrower grids are clipped first. For engines that know only signed bytes around zero, n is 0 and f holds the rest of z.
 """
 
 from __future__ import annotations
@@ -62,23 +62,34 @@ def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
 class Grid(nn.Module):
     """A constant grid in the place of an activation quantizer.
 
+    Args:
+        params: The quantizer's grid.
+        signed: Carry it by signed bytes whose code 0 is 0.0. A grid of more than 8 bits then has no carrier and is
+            rounded in floats.
+
     Attributes:
         scale: Distance between levels.
-        zero: Code of 0.0 in the carrier, uint8, or uint16 above 8 bits.
+        zero: Code of 0.0 in the carrier: uint8, or uint16 above 8 bits; int8 if signed.
         low: Smallest level, before the shift back.
         high: Largest level.
-        shift: What is added before rounding, and has to be taken off the result; 0 where zero is a level.
+        shift: What is added before rounding, and has to be taken off the result.
+        shifted: Whether that is anything.
+        has_zero: Whether 0.0 is a level, before the shift and after its way back.
     """
 
-    def __init__(self, params: QParams) -> None:
+    def __init__(self, params: QParams, *, signed: bool = False) -> None:
         super().__init__()
         span, zero = params.qmax - params.qmin, float(params.zero_point) - params.qmin
         whole = min(max(round(zero), 0), span)
+        self.has_zero, self.carried = abs(zero - whole) < _EXACT, not signed or span <= _BYTE
+        if signed and self.carried:
+            whole = min(max(whole, span - 127), 128)
         scale = params.scale.detach().float()
         near = abs(zero - whole) < _EXACT
         self.shifted = not near
+        carrier = torch.int8 if signed else torch.uint8 if span <= _BYTE else torch.uint16
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero", torch.tensor(whole, dtype=torch.uint8 if span <= _BYTE else torch.uint16))
+        self.register_buffer("zero", torch.tensor(0 if signed else whole, dtype=carrier))
         self.register_buffer("low", -whole * scale)
         self.register_buffer("high", (span - whole) * scale)
         self.register_buffer("shift", (0.0 if near else zero - whole) * scale)
@@ -86,6 +97,8 @@ class Grid(nn.Module):
     def unshifted(self, x: Tensor) -> Tensor:
         """The value on the grid plus ``shift``, which integer engines compute with."""
         x = x + self.shift if self.shifted else x
+        if not self.carried:
+            return torch.round(torch.clamp(x, self.low, self.high) / self.scale) * self.scale
         return torch.ops.qsr_plugin.quantize_dequantize(x, self.scale, self.zero, self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:

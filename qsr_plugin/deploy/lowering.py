@@ -101,13 +101,14 @@ class _Floats(nn.Module):
         return self.weight
 
 
-def lower(net: nn.Module, *, bits: int | None = None) -> nn.Module:
+def lower(net: nn.Module, *, bits: int | None = None, signed: bool = False) -> nn.Module:
     """A copy of a quantized network with constant grids, on the CPU, in evaluation mode; the same up to rounding.
 
     Args:
         net: Quantized and calibrated; or float, which is copied as it is. Not changed.
         bits: Width at the places whose bits depend on the image: one of their candidates for every image. Without it
             such a network is refused.
+        signed: Carry activations by signed bytes, see :class:`~qsr_plugin.deploy.grids.Grid`.
 
     Returns:
         (N, 3, H, W) to (N, 3, scale H, scale W), RGB in [0, 1]. Attribute ``float_weights``: names of layers whose
@@ -132,13 +133,13 @@ def lower(net: nn.Module, *, bits: int | None = None) -> nn.Module:
     copy._modules.pop("bit_policy", None)
     with torch.no_grad():
         for name, site in list(sites(copy)):
-            if not _lowered(site, bits):
+            if not _lowered(site, bits, signed):
                 floats.append(name)
     copy.float_weights = tuple(floats)
     return copy.requires_grad_(False)
 
 
-def _lowered(site: Site, bits: int | None) -> bool:
+def _lowered(site: Site, bits: int | None, signed: bool) -> bool:
     """Lower one site in place; whether its quantized weight, if it has one, is made of integers."""
     weight, codes = None, None
     for port in list(site.ports):
@@ -150,7 +151,7 @@ def _lowered(site: Site, bits: int | None) -> bool:
             weight = quantizer(site.weight)
             codes = _codes(quantizer, site.weight, weight)
         else:
-            site.add_module(f"{port}_grid", _grid(quantizer, bits))
+            site.add_module(f"{port}_grid", _grid(quantizer, bits, signed))
     site.__dict__.pop("_taps", None)
     quantized = weight is not None
     weight = (
@@ -168,7 +169,7 @@ def _lowered(site: Site, bits: int | None) -> bool:
     return codes is not None or not quantized
 
 
-def _grid(quantizer: Quantizer, bits: int | None) -> nn.Module:
+def _grid(quantizer: Quantizer, bits: int | None, signed: bool) -> nn.Module:
     """The grid in the place of an activation quantizer, with what it adds to the tensor before."""
     widths = quantizer.candidates
     if len(widths) > 1 and bits not in widths:
@@ -180,7 +181,7 @@ def _grid(quantizer: Quantizer, bits: int | None) -> nn.Module:
         )
     width = widths[0] if len(widths) == 1 else bits
     try:
-        grid = Grid(quantizer.qparams(width))
+        grid = Grid(quantizer.qparams(width), signed=signed)
     except NotImplementedError as error:
         raise LoweringError(
             f"{quantizer.site}: {error}. Quantize with a method of constant ranges instead, for example 'auto'"
@@ -210,7 +211,7 @@ class _Moved(nn.Module):
         super().__init__()
         self.register_buffer("before", before)
         self.grid = grid
-        self.shifted, self.shift = grid.shifted, grid.shift
+        self.shifted, self.shift, self.has_zero = grid.shifted, grid.shift, False
 
     def unshifted(self, x: Tensor) -> Tensor:
         """See :meth:`Grid.unshifted`."""
@@ -251,11 +252,13 @@ def lower_convolution(site: nn.Conv2d, weight: Tensor, codes: WeightCodes | None
     if grid is not None and grid.shifted:
         missing = -grid.shift * weight.sum(1, keepdim=True)  # per tap what the shift makes of it
         borders = any(site.padding) if isinstance(site.padding, tuple) else site.padding != "valid"
-        if borders and not getattr(site, "pad_first", False) and site.padding_mode == "zeros":
+        first = getattr(site, "pad_first", False) or grid.has_zero  # padded zeros stay what they are
+        if borders and not first and site.padding_mode == "zeros":
             site.outside = missing
         else:
             bias = missing.sum((1, 2, 3))
             site.bias = nn.Parameter(bias if site.bias is None else site.bias + bias)
+            site.pad_first = borders and first
     site.__class__ = LoweredConv2d
 
 

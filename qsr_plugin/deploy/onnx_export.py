@@ -89,6 +89,7 @@ def export_onnx(
     bits: Optional[int] = None,
     passes: bool = True,
     tail_images: Optional[Sequence[Tensor]] = None,
+    signed: bool = False,
 ) -> ExportReport:
     """Write a network as an ONNX file for OpenVINO and ONNX Runtime.
 
@@ -103,6 +104,8 @@ def export_onnx(
         passes: Rewrite the network first where that is exact: collapse a linear tail, fold scalings into convolutions.
         tail_images: Batches (N, 3, h, w), RGB in [0, 1]: a collapsed tail then computes in 8 bits as well, unless that
             changes them too much; see :func:`qsr_plugin.deploy.tail_bits.quantize_tail`.
+        signed: Carry activations by signed bytes around zero, as TensorRT has them; places of more than 8 bits are
+            rounded in floats. The same network, slower on CPUs.
 
     Raises:
         LoweringError: If the network has no constant integer form.
@@ -115,11 +118,11 @@ def export_onnx(
         raise ExportError(f"'{path}': ONNX models end in .onnx; change the ending")
     onnx, _, _ = (require(module) for module in ("onnx", "onnxscript", "onnxruntime"))
     check_writable(path)  # before work is done for it
-    lowered = lower(net, bits=bits)
+    lowered = lower(net, bits=bits, signed=signed)
     steps = []
     if passes:
         steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
-    tail = None if tail_images is None else quantize_tail(lowered, tail_images)
+    tail = None if tail_images is None else quantize_tail(lowered, tail_images, signed=signed)
     steps += [] if tail is None else [str(tail)]
     sides = _Sides.of(lowered)
     size = sides.fitting(input_size or TRACED)

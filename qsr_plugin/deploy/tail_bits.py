@@ -42,7 +42,9 @@ class TailBits:
 
 
 @torch.no_grad()
-def quantize_tail(net: nn.Module, images: Sequence[Tensor], *, least: float = LEAST_PSNR) -> TailBits:
+def quantize_tail(
+    net: nn.Module, images: Sequence[Tensor], *, least: float = LEAST_PSNR, signed: bool = False
+) -> TailBits:
     """Let a collapsed tail compute in 8 bits, in place: input u8 per tensor, kernel s8 per output channel.
 
     The range of its input is the largest of every second batch; what changes is measured on the others.
@@ -51,6 +53,7 @@ def quantize_tail(net: nn.Module, images: Sequence[Tensor], *, least: float = LE
         net: Lowered, its tail collapsed.
         images: Two or more batches (N, 3, h, w), RGB in [0, 1].
         least: What is changed more than this PSNR in dB allows stays float.
+        signed: Carry the input by signed bytes.
 
     Raises:
         UserError: For fewer than two batches.
@@ -65,7 +68,7 @@ def quantize_tail(net: nn.Module, images: Sequence[Tensor], *, least: float = LE
     low, high = _range_of_input(net, tail, images[::2])
     wanted = [net(batch) for batch in images[1::2]]
     before = tail.conv
-    tail.conv = _in_bytes(before, low, high)
+    tail.conv = _in_bytes(before, low, high, signed)
     found = _psnr(wanted, [net(batch) for batch in images[1::2]])
     where = f"{found:.1f} dB from float on {sum(map(len, images[1::2]))} image(s)"
     if found >= least:
@@ -90,10 +93,10 @@ def _range_of_input(net: nn.Module, tail: CollapsedTail, images: Sequence[Tensor
     return found[0], found[1]
 
 
-def _in_bytes(conv: nn.Conv2d, low: float, high: float) -> nn.Conv2d:
+def _in_bytes(conv: nn.Conv2d, low: float, high: float, signed: bool) -> nn.Conv2d:
     """A copy that computes with integers; zero is a level of its input, which is padded with it."""
     scale = torch.tensor(max(high - low, 1e-12) / 255)
-    grid = Grid(QParams(scale, torch.round(-low / scale), 0, 255))
+    grid = Grid(QParams(scale, torch.round(-low / scale), 0, 255), signed=signed)
     own = conv.weight.abs().amax((1, 2, 3)).clamp(min=1e-12) / 127
     shaped = own.view(-1, 1, 1, 1)
     weight = torch.round(conv.weight / shaped) * shaped

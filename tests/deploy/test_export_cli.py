@@ -72,7 +72,7 @@ def test_onnx_is_given_what_was_asked_for(monkeypatch, model: Path, tmp_path: Pa
     monkeypatch.setitem(vars(qsr_plugin), "export_onnx", export_onnx)
     out = tmp_path / "net.onnx"
     said = qsr(monkeypatch, "export", model, "-o", out, "--format", "onnx", "--input-size", 24, 32, "--bits", 6)
-    assert seen == [("pams", out, (24, 32), {"bits": 6, "tail_images": None})]
+    assert seen == [("pams", out, (24, 32), {"bits": 6, "tail_images": None, "signed": False})]
     assert "one [line] another" in said
 
 
@@ -87,6 +87,7 @@ def test_onnx_is_given_what_was_asked_for(monkeypatch, model: Path, tmp_path: Pa
         (("-o", "x.pth", "--format", "plain", "--input-size", "8", "8"), "--input-size belongs to --format onnx"),
         (("-o", "x.safetensors", "--format", "packed", "--bits", "8"), "--bits belongs to --format onnx"),
         (("-o", "x.pth", "--format", "plain", "--tail-images", "."), "--tail-images belongs to --format onnx"),
+        (("-o", "x.pth", "--format", "plain", "--signed"), "--signed belongs to --format onnx"),
         (("-o", "x.onnx", "--format", "onnx", "--tail-images", "."), "looked for *.bmp, *.jpeg"),
         (("-o", "x.onnx", "--format", "onnx", "--input-size", "8", "0"), "--input-size is 8 0"),
         (("-o", "net.safetensors", "--format", "packed"), "is the file to export: choose another name"),

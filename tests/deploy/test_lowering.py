@@ -37,13 +37,21 @@ def grid(scale: float, zero: float, qmin: int, qmax: int) -> QParams:
         (grid(1e-4, 1234.5, 0, 2**16 - 1), 16),
     ],
 )
-def test_a_grid_is_that_of_the_quantizer(params: QParams, bits: int) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_grid_is_that_of_the_quantizer(params: QParams, bits: int, signed: bool) -> None:
     x = 3 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
     codes = torch.clamp(torch.round(x / params.scale + params.zero_point), params.qmin, params.qmax)
-    made = Grid(params)
+    made = Grid(params, signed=signed)
     apart = (made(x) - (codes - params.zero_point) * params.scale).abs() / params.scale
     assert apart.max() < 1.01 and (apart > 0.01).float().mean() < 0.01  # float32 resolves 16 bits hardly
-    assert made.zero.dtype == (torch.uint8 if bits <= 8 else torch.uint16)
+    if signed:
+        assert made.zero.dtype == torch.int8 and made.zero == 0 and made.carried == (bits <= 8)
+        assert not made.carried or (made.low / made.scale >= -128.01 and made.high / made.scale <= 127.01)
+    else:
+        assert made.zero.dtype == (torch.uint8 if bits <= 8 else torch.uint16)
+    zero = float(params.zero_point) - params.qmin
+    assert made.has_zero == (zero == round(zero) and 0 <= zero <= params.qmax - params.qmin)
+    assert not made.has_zero or float(made(torch.zeros(()))) == pytest.approx(0, abs=1e-6)
     assert torch.unique(made.unshifted(x)).numel() <= 2**bits
 
 
@@ -104,7 +112,8 @@ PADDED = [(layer, False) for layer in LAYERS] + [
 @pytest.mark.parametrize(("layer", "pad_first"), PADDED)
 @pytest.mark.parametrize("quantizers", [("asymmetric", "symmetric"), ("zero_level", "per_channel"), ("rlq", "rlq")])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_one_layer(layer: str, quantizers: tuple[str, str], bits: int, pad_first: bool) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_one_layer(layer: str, quantizers: tuple[str, str], bits: int, signed: bool, pad_first: bool) -> None:
     """On the same input the same result, also where the grid has no zero and the layer pads with zeros."""
     torch.manual_seed(0)
     float_net = OneLayer(LAYERS[layer]())
@@ -116,7 +125,7 @@ def test_one_layer(layer: str, quantizers: tuple[str, str], bits: int, pad_first
     recipe = load_recipe("minmax", weight_bits=bits, act_bits=bits, placement="x", placements={"x": rules})
     x = torch.randn(2, 9, 4) if linear else torch.randn(2, 4, 9, 7)
     net = calibrate(quantize_model(float_net, recipe), [x]) if not linear else calibrated(float_net, recipe, x)
-    lowered = lower(net)
+    lowered = lower(net, signed=signed)
     with torch.no_grad():
         want, got = net(x), lowered(x)
     assert (want - got).abs().max() < 2e-5 * want.abs().max()

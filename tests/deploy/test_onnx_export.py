@@ -91,6 +91,32 @@ def test_low_bits_are_carried_by_bytes(edsr, images, tmp_path: Path) -> None:
             assert zero.dtype == np.uint8 and zero <= 7 and round(float((high - low) / scale)) <= 7
 
 
+@pytest.mark.parametrize(("method", "bits"), [("auto", 4), ("auto", 8), ("percentile", 8), ("quantsr", 2)])
+def test_signed_bytes_around_zero(edsr, images, tmp_path: Path, method: str, bits: int) -> None:
+    """As TensorRT reads them: int8 with zero point 0 everywhere; the same network."""
+    net = quantized(edsr, method, bits, images)
+    plain, signed = export_onnx(net, tmp_path / "u.onnx"), export_onnx(net, tmp_path / "s.onnx", signed=True)
+    assert signed.agreement.holds and signed.agreement.quantizers == plain.agreement.quantizers
+    graph = onnx.load(signed.path).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    zeros = [arrays[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(zeros) == 4 and all(zero.dtype == np.int8 and zero == 0 for zero in zeros)
+    image = synthetic_images(1, (13, 18)).numpy()
+    results = [
+        open_engine(path, kind)(image) for path in (plain.path, signed.path) for kind in ("onnxruntime", "openvino")
+    ]
+    for result in results:
+        assert psnr(result, output(net, image)) > 45
+
+
+def test_more_than_8_bits_have_no_signed_carrier(edsr, images, tmp_path: Path) -> None:
+    net = quantized(edsr, "percentile", 10, images)
+    report = export_onnx(net, tmp_path / "net.onnx", signed=True)
+    assert report.agreement.holds and report.agreement.quantizers == 0
+    image = synthetic_images(1, (13, 18)).numpy()
+    assert psnr(open_engine(tmp_path / "net.onnx")(image), output(net, image)) > 60
+
+
 def test_what_a_reader_needs_is_in_the_file(edsr, images, tmp_path: Path) -> None:
     net = quantized(edsr, "pams", 4, images)
     export_onnx(net, path := tmp_path / "net.onnx")
