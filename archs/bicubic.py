@@ -27,8 +27,9 @@ def upsample_bicubic(x: Tensor, scale: int) -> Tensor:
     """
     for dim in (2, 3):
         size = x.shape[dim]
-        index = torch.arange(-_REACH, size + _REACH, device=x.device) % (2 * size)
-        padded = x.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
+        index = torch.arange(-_REACH, size + _REACH, device=x.device)
+        mirrored = torch.minimum(torch.maximum(index, -1 - index), 2 * size - 1 - index)
+        padded = x.index_select(dim, mirrored.clamp(0, size - 1))  # of one or two pixels, mirror images leave it
         taps = [padded.narrow(dim, start, size) for start in range(2 * _REACH + 1)]
         phases = [sum(w * tap for w, tap in zip(weights, taps) if w) for weights in _weights(scale)]
         x = torch.stack(phases, dim + 1).flatten(dim, dim + 1)

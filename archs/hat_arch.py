@@ -16,7 +16,7 @@ from qsr_plugin.archs.hat_windows import (
     shift_masks,
     window_kinds,
 )
-from qsr_plugin.archs.padding import pad_to
+from qsr_plugin.archs.padding import PaddedInput
 from torch import Tensor, nn
 
 #: Channels between body and image, as published.
@@ -92,34 +92,11 @@ class RHAG(nn.Module):
         return x + self.branch(x, x_size, windows)
 
 
-@ARCH_REGISTRY.register(suffix="qsr")
-class HAT(nn.Module):
-    """HAT for any scale that is a power of 2, or 3; any image size works.
-
-    Images are extended at the right and at the bottom to whole windows. Masks hold for every size: they are those of
-    the four kinds of windows that a shifted image has, and no part of the state dict.
-
-    Args:
-        in_chans: Channels of the image, in and out.
-        embed_dim: Channels of the body, a multiple of the heads.
-        depths: Hybrid attention blocks in each group.
-        num_heads: Attention heads in each group.
-        window_size: Side of the attention windows in pixels.
-        compress_ratio: Factor between ``embed_dim`` and the bottleneck of the channel attention blocks.
-        squeeze_factor: The same for the hidden layer of their channel attention.
-        conv_scale: Factor of the channel attention blocks.
-        overlap_ratio: How much longer the windows of keys and values in the overlapping attention are.
-        mlp_ratio: Channels of the hidden layers of MLPs, per channel of the body.
-        drop_path_rate: Probability that training leaves out a branch of the last block; from 0 in the first one it
-            grows evenly.
-        upscale: Upsampling factor.
-        img_range: The network computes on pixels times this.
+class WholeWindowHAT(nn.Module):
+    """:class:`HAT` without its padding: both sides of an image are multiples of ``window_size``.
 
     Attributes:
         rebuilt_buffers: Buffers that a file of weights may lack.
-
-    Raises:
-        ValueError: For sizes that do not fit together, or another scale.
     """
 
     rebuilt_buffers = frozenset({"relative_position_index_SA", "relative_position_index_OCA"})
@@ -150,6 +127,7 @@ class HAT(nn.Module):
             if not 1 <= factor <= embed_dim:
                 raise ValueError(f"HAT: {name} is {factor}; allowed is 1 to embed_dim ({embed_dim})")
         self.window_size, self.upscale, self.img_range = window_size, upscale, img_range
+        self.pad_multiple, self.pad_minimum, self.pad_square, self.pad_scale = window_size, 1, False, upscale
         self.conv_scale, self.drop_path_rate = conv_scale, drop_path_rate
         outer_size, shift = overlapping_size(window_size, overlap_ratio), window_size // 2
         mean = torch.tensor(_DIV2K_MEAN) if in_chans == 3 else torch.zeros(in_chans)
@@ -188,26 +166,50 @@ class HAT(nn.Module):
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) in [0, 1] to (N, in_chans, upscale H, upscale W)."""
-        height, width = x.shape[-2:]
-        x = (x - self.mean) * self.img_range
-        x = pad_to(x, *(-(-side // self.window_size) * self.window_size for side in (height, width)))
-        first = self.conv_first(x)
+        """(N, in_chans, H, W) in [0, 1] to (N, in_chans, upscale H, upscale W); H and W are whole windows."""
+        first = self.conv_first((x - self.mean) * self.img_range)
         features = self.conv_after_body(self.body(first)) + first
         out = self.conv_last(self.upsample(self.conv_before_upsample(features)))
-        out = out[..., : height * self.upscale, : width * self.upscale]
         return out / self.img_range + self.mean
 
     def body(self, x: Tensor) -> Tensor:
         """Deep features of whole windows, (N, embed_dim, H, W) to the same shape."""
         x_size = (x.shape[2], x.shape[3])
         rows, columns = (side // self.window_size for side in x_size)
-        kinds = window_kinds(rows, columns, x.device).repeat(len(x))
+        kinds = window_kinds(rows, columns, x.device).repeat(x.shape[0])
         windows = Windows(self.relative_position_index_SA, self.relative_position_index_OCA, self.shift_masks, kinds)
         x = self.patch_embed(x)
         for layer in self.layers:
             x = layer(x, x_size, windows)
         return to_image(self.norm(x), x_size)
+
+
+@ARCH_REGISTRY.register(suffix="qsr")
+class HAT(PaddedInput, WholeWindowHAT):
+    """HAT for any scale that is a power of 2, or 3; any image size works.
+
+    Images are extended at the right and at the bottom to whole windows. Masks hold for every size: they are those of
+    the four kinds of windows that a shifted image has, and no part of the state dict.
+
+    Args:
+        in_chans: Channels of the image, in and out.
+        embed_dim: Channels of the body, a multiple of the heads.
+        depths: Hybrid attention blocks in each group.
+        num_heads: Attention heads in each group.
+        window_size: Side of the attention windows in pixels.
+        compress_ratio: Factor between ``embed_dim`` and the bottleneck of the channel attention blocks.
+        squeeze_factor: The same for the hidden layer of their channel attention.
+        conv_scale: Factor of the channel attention blocks.
+        overlap_ratio: How much longer the windows of keys and values in the overlapping attention are.
+        mlp_ratio: Channels of the hidden layers of MLPs, per channel of the body.
+        drop_path_rate: Probability that training leaves out a branch of the last block; from 0 in the first one it
+            grows evenly.
+        upscale: Upsampling factor.
+        img_range: The network computes on pixels times this.
+
+    Raises:
+        ValueError: For sizes that do not fit together, or another scale.
+    """
 
 
 def _init_linear(module: nn.Module) -> None:

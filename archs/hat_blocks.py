@@ -210,5 +210,5 @@ class OCAB(Attention):
         """(N, 2C, H, W) to (2, N * windows, heads, S, C / heads), zeros beyond the image."""
         padding = (self.outer_size - self.window_size) // 2
         parts = F.unfold(keys_values, self.outer_size, padding=padding, stride=self.window_size)
-        parts = parts.view(len(parts), 2, self.num_heads, -1, self.outer_size**2, parts.shape[-1])
+        parts = parts.view(parts.shape[0], 2, self.num_heads, -1, self.outer_size**2, parts.shape[-1])
         return parts.permute(1, 0, 5, 2, 4, 3).flatten(1, 2)

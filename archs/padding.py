@@ -67,9 +67,10 @@ def pad_input(net: nn.Module, scale: int, multiple: int = 1, minimum: int = 1, s
 
 
 def without_padding(net: nn.Module) -> nn.Module:
-    """Undo :func:`pad_input`, in place; ``pad_multiple``, ``pad_minimum`` and ``pad_square`` still say what is needed.
+    """Undo :func:`pad_input`, in place, or leave out the padding of a network with :class:`PaddedInput` as its base.
 
-    Masks of the host's shifted windows are computed without writing into slices, so that exporters can follow.
+    ``pad_multiple``, ``pad_minimum`` and ``pad_square`` still say what is needed. Masks of the host's shifted windows
+    are computed without writing into slices, so that exporters can follow.
     """
     if isinstance(net, PaddedInput):
         net.__class__ = type(net).__bases__[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qsr_plugin.archs.roles import list_backbones
 from torch import nn
 
 import qsr_plugin
@@ -169,6 +170,19 @@ def test_windows_of_attention(tiny_net, images, tmp_path: Path) -> None:
         image = synthetic_images(1, size).numpy()
         assert engine(image).shape[2:] == (2 * size[0], 2 * size[1])
         assert psnr(engine(image), output(net, image)) > 45
+
+
+@pytest.mark.parametrize("backbone", list_backbones())
+def test_every_backbone_takes_any_size(tiny_net, images, tmp_path: Path, backbone: str) -> None:
+    """Of a tall and of a wide image as much as of the one that was traced, in both engines."""
+    net = quantized(tiny_net(backbone, num_block=1), "percentile", 8, images)
+    report = export_onnx(net, path := tmp_path / "net.onnx")
+    assert report.dynamic and report.agreement.holds and "pixels only" not in str(report)
+    for kind in ("onnxruntime", "openvino"):
+        engine = open_engine(path, kind, threads=1)
+        for size in ((21, 9), (7, 26)):
+            image = synthetic_images(1, size).numpy()
+            assert psnr(engine(image), output(net, image)) > 40
 
 
 def test_bits_by_content_are_exported_at_one_width_on_request(edsr, images, tmp_path: Path) -> None:
