@@ -49,6 +49,8 @@ class Engine:
         batches: Whether ``run`` takes several images at a time.
         device: Where it runs, as PyTorch writes it.
         pixel_bytes: Bytes of the largest layer's input and output, per pixel of the input; ``None`` if not known.
+        shallower: Networks of fewer blocks, the least first, that tiles with few edges go to; see
+            :mod:`qsr_plugin.deploy.routing`.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Engine:
     batches: bool = True
     device: str = "cpu"
     pixel_bytes: float | None = None
+    shallower: tuple[Engine, ...] = ()
 
     @cached_property
     def reach(self) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from qsr_plugin.data.patches import Patch, spans
 from qsr_plugin.deploy.context import WIDE
 from qsr_plugin.deploy.engine import Engine
+from qsr_plugin.deploy.routing import in_groups
 from qsr_plugin.errors import UserError
 from qsr_plugin.memory import free_memory
 from qsr_plugin.progress import Progress, no_progress
@@ -40,10 +40,13 @@ def default_tile(engine: Engine, height: int, width: int) -> int | None:
     """Side of the tiles an image is cut into if the user does not say: :data:`TILE`, or ``None`` for the whole image.
 
     An image stays whole up to 512 x 512 pixels, if input and output of the largest layer take at most half of the free
-    memory; processes that ``torchrun`` started on this computer share what is free.
+    memory; processes that ``torchrun`` started on this computer share what is free. Networks of several depths share
+    tiles, so then there are some.
     """
     if engine.fixed is not None:
         return None
+    if engine.shallower:
+        return TILE
     needed = (engine.pixel_bytes or _USUAL * engine.scale**2) * height * width
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device == "cpu" else 1
     small = height * width <= _WHOLE and 2 * needed <= free_memory(torch.device(engine.device)) / processes
@@ -160,9 +163,8 @@ def _run(
     patches = [Patch(y, x) for y, x in product(spans(height, size[0], overlap), spans(width, size[1], overlap))]
     planes = image.transpose(2, 0, 1)
     out = np.empty((engine.scale * height, engine.scale * width, channels), dtype)
-    groups: Sequence[Sequence[Patch]] = [patches[first : first + batch] for first in range(0, len(patches), batch)]
-    for together in progress(groups, "tiles"):
-        results = engine(np.stack([patch.of(planes) for patch in together]))
+    for own, together in progress(in_groups(engine, patches, planes, batch), "tiles"):
+        results = own(np.stack([patch.of(planes) for patch in together]))
         for patch, result in zip(together, results):
             _place(out, patch, result, engine.scale)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -18,7 +19,13 @@ Option = typer.Option
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN", help="Images, and folders of images.")],
     out: Annotated[Path, Option("-o", "--out", help="Folder for the results; for one image also a file.")],
-    model: Annotated[Path, Option(help="Quantized or packed .safetensors, or exported .onnx.")],
+    model: Annotated[
+        list[Path],
+        Option(
+            help="Quantized or packed .safetensors, or exported .onnx. Several, from the fewest blocks to the most, "
+            "share the tiles of an image: those with the fewest edges go to the first."
+        ),
+    ],
     engine: Annotated[
         Optional[str], Option(help="openvino (default for .onnx), onnxruntime, or torch (.safetensors).")
     ] = None,
@@ -33,7 +40,10 @@ def upscale(
     ] = None,
     batch: Annotated[int, Option(min=1, help="Tiles that run together; more rarely pay on a CPU.")] = 1,
     threads: Annotated[Optional[int], Option(min=1, help="CPU threads; all if not given.")] = None,
-    depth: Annotated[Optional[int], Option(help="How many blocks run, for a .safetensors with depth.")] = None,
+    depth: Annotated[
+        Optional[str],
+        Option(help="How many blocks run, for a .safetensors with depth; several, like 4,8,16, share the tiles."),
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Keep results that are there, make the others.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace results that are there.")] = False,
     form: Annotated[Optional[str], Option("--format", help="png (default), jpg or webp.")] = None,
@@ -45,12 +55,14 @@ def upscale(
     Under torchrun the processes share the images.
     """
     from qsr_plugin.deploy.engine import open_engine
+    from qsr_plugin.deploy.routing import with_shallower
     from qsr_plugin.deploy.tiles import check_tiles
     from qsr_plugin.deploy.upscale import Tiling, check_any_readable, plan, prepare, share_of_process, upscale_files
 
     jobs = plan(inputs, out, form=form, suffix=suffix)
-    source = model if depth is None else _of_depth(model, depth)
-    opened = open_engine(source, engine, threads=threads, device=_own_gpu(device))
+    sources = model if depth is None else _of_depths(model, depth)
+    own_device = _own_gpu(device)
+    opened = with_shallower([open_engine(one, engine, threads=threads, device=own_device) for one in sources])
     tiling = Tiling(tile, overlap, batch)
     check_tiles(opened, tile or None, overlap, batch)
     own = share_of_process(jobs)
@@ -62,12 +74,24 @@ def upscale(
     console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _of_depth(model: Path, blocks: int) -> Any:
-    if model.suffix != ".safetensors":
-        raise UserError(f"--depth is for quantized .safetensors, not for '{model}': export what qsr slim makes of one")
-    from qsr_plugin import load_quantized, set_depth
+def _of_depths(models: list[Path], depths: str) -> list[Any]:
+    """One network for each depth."""
+    if len(models) > 1:
+        raise UserError(
+            f"--depth {depths} with {len(models)} models: give one model at several depths, or several models"
+        )
+    if models[0].suffix != ".safetensors":
+        raise UserError(
+            f"--depth is for quantized .safetensors, not for '{models[0]}': export what qsr slim makes of one"
+        )
+    try:
+        blocks = sorted({int(number) for number in depths.split(",")})
+    except ValueError:
+        raise UserError(f"--depth is '{depths}'; expected numbers of blocks like 8 or 4,8,16") from None
+    from qsr_plugin import fold, load_quantized, set_depth
 
-    return set_depth(load_quantized(model), blocks)
+    net = fold(load_quantized(models[0]))
+    return [copy.deepcopy(set_depth(net, number)) for number in blocks]
 
 
 def _own_gpu(device: str) -> str:

@@ -1,0 +1,61 @@
+"""Tiles of one image shared among networks of several depths: those with few edges go to fewer blocks.
+
+Where integer kernels have one speed for all bit widths, leaving out blocks is what saves time (the depths of Qin et
+al., NeurIPS 2023). Edges are measured as by Tian et al. (CVPR 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from qsr_plugin.data.patches import Patch
+from qsr_plugin.deploy.engine import Engine
+from qsr_plugin.errors import UserError
+from qsr_plugin.quant.image_stats import edge_scores
+
+
+def with_shallower(engines: Sequence[Engine]) -> Engine:
+    """The last of some engines, which leaves tiles to the others.
+
+    Args:
+        engines: From the fewest blocks to the most, one or more.
+
+    Raises:
+        UserError: If they do not take the same images, or make results of different sizes.
+    """
+    *others, deepest = engines
+    for one in others:
+        for what in ("scale", "fixed"):
+            if (own := getattr(one, what)) != (wanted := getattr(deepest, what)):
+                raise UserError(
+                    f"networks that share an image must have one {what}, these have {own} and {wanted}: give the same "
+                    "network at several depths"
+                )
+    return replace(deepest, shallower=tuple(others))
+
+
+def in_groups(
+    engine: Engine, patches: Sequence[Patch], planes: np.ndarray, batch: int
+) -> list[tuple[Engine, Sequence[Patch]]]:
+    """Which tiles run together, and where: each network gets an equal share, the deepest those with the most edges.
+
+    Args:
+        engine: With or without shallower ones.
+        patches: Tiles of equal size.
+        planes: (3, H, W) float32, RGB in [0, 1], that they are cut from.
+        batch: At most so many together.
+    """
+    engines, chosen = (*engine.shallower, engine), np.zeros(len(patches), int)
+    if len(engines) > 1:
+        tiles = (torch.from_numpy(np.ascontiguousarray(patch.of(planes))) for patch in patches)
+        order = np.argsort([float(edge_scores(tile[None])) for tile in tiles], kind="stable")
+        chosen[order[::-1]] = len(engines) - 1 - np.arange(len(patches)) * len(engines) // len(patches)
+    groups: list[tuple[Engine, Sequence[Patch]]] = []
+    for index, one in enumerate(engines):
+        own = [patch for patch, at in zip(patches, chosen) if at == index]
+        groups += [(one, own[first : first + batch]) for first in range(0, len(own), batch)]
+    return groups

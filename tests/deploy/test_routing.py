@@ -1,0 +1,108 @@
+"""Networks of several depths that share the tiles of an image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from qsr_plugin import calibrate, load_recipe, quantize_model, save_quantized
+from qsr_plugin.cli import app
+from qsr_plugin.deploy.engine import Engine
+from qsr_plugin.deploy.image_io import read_picture
+from qsr_plugin.deploy.routing import with_shallower
+from qsr_plugin.deploy.tiles import TILE, default_tile, upscale_tiled
+from qsr_plugin.errors import UserError
+from tests.deploy.engines import nearest_engine
+from tests.deploy.test_upscale import noise, write_png
+
+
+def constant(value: float, seen: Counter[float], **changes: object) -> Engine:
+    """Makes images of one value, and counts its tiles."""
+
+    def run(x: np.ndarray) -> np.ndarray:
+        seen[value] += len(x)
+        return np.full((len(x), 3, 2 * x.shape[2], 2 * x.shape[3]), value, np.float32)
+
+    return Engine("torch", 2, run, **changes)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tiles_with_more_edges_go_deeper(batch: int) -> None:
+    """Four columns of tiles, from flat to noisy: one for the first network, one for the second, two for the last."""
+    strength = np.repeat([0.0, 0.1, 0.3, 0.9], 8)
+    image = (0.5 + strength[None, :, None] * (np.random.default_rng(0).random((8, 32, 3)) - 0.5)).astype(np.float32)
+    seen: Counter[float] = Counter()
+    engine = with_shallower([constant(value, seen) for value in (0.0, 0.5, 1.0)])
+    out = upscale_tiled(engine, image, 8, 0, batch)
+    assert [int(level) for level in out[0, 8::16, 0]] == [0, 128, 255, 255] and (out == out[:1]).all()
+    assert seen == {0.0: 1, 0.5: 1, 1.0: 2}
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 7])
+def test_shares_are_equal_and_the_rest_is_for_the_deepest(tiles: int) -> None:
+    seen: Counter[float] = Counter()
+    engine = with_shallower([constant(value, seen) for value in (0.0, 0.5, 1.0)])
+    upscale_tiled(engine, noise(4, 4 * tiles).astype(np.float32) / 255, 4, 0)
+    counts = [seen[value] for value in (0.0, 0.5, 1.0)]
+    assert sum(counts) == tiles and counts == sorted(counts) and counts[-1] - counts[0] <= 1
+
+
+def test_an_image_is_cut_although_it_is_small() -> None:
+    engine = nearest_engine()
+    assert default_tile(engine, 200, 300) is None
+    assert default_tile(with_shallower([engine, engine]), 200, 300) == TILE
+    assert with_shallower([engine]).shallower == ()
+
+
+def test_networks_that_do_not_fit_together() -> None:
+    with pytest.raises(UserError, match="one scale, these have 4 and 2: give the same network at several depths"):
+        with_shallower([nearest_engine(4), nearest_engine(2)])
+    with pytest.raises(UserError, match=r"one fixed, these have \(8, 8\) and None"):
+        with_shallower([nearest_engine(fixed=(8, 8)), nearest_engine()])
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_net, images) -> Path:
+    recipe = load_recipe({"base": "percentile", "depth": {"role": "block"}}, weight_bits=8, act_bits=8)
+    net = calibrate(quantize_model(tiny_net("EDSR", num_block=2), recipe), images)
+    for index, block in enumerate(module for module in net.modules() if hasattr(module, "shortcut_scale")):
+        block.shortcut_scale.data.fill_(0.5 + index)
+    save_quantized(net.eval(), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+    """The flat half of an image is that of one block, the other half that of two."""
+    monkeypatch.setenv("COLUMNS", "400")
+    picture = np.concatenate([np.full((16, 16, 3), 90, np.uint8), noise(16, 16)], 1)
+    write_png(tmp_path / "in.png", picture)
+
+    def made(depth: str) -> np.ndarray:
+        out = tmp_path / f"{depth}.png"
+        given = [tmp_path / "in.png", "-o", out, "--model", model, "--tile", 16, "--overlap", 0, "--depth", depth]
+        done = CliRunner().invoke(app, ["upscale", *map(str, given)])
+        assert done.exit_code == 0, done.output
+        return read_picture(out).rgb
+
+    shallow, deep, both = made("1"), made("2"), made("2,1")
+    assert (shallow[:, :32] != deep[:, :32]).any() and (shallow[:, 32:] != deep[:, 32:]).any()
+    np.testing.assert_array_equal(both, np.concatenate([shallow[:, :32], deep[:, 32:]], 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--depth", "1,many"), "--depth is '1,many'; expected numbers of blocks like 8 or 4,8,16"),
+        (("--depth", "3"), "has 2 blocks: give 1 to 2"),
+    ],
+)
+def test_depths_that_do_not_fit(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    write_png(tmp_path / "in.png", noise(8, 8))
+    given = [str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--model", str(model), *arguments]
+    assert message in str(CliRunner().invoke(app, ["upscale", *given]).exception)
+    twice = CliRunner().invoke(app, ["upscale", *given[:-2], "--model", str(model), "--depth", "1"])
+    assert "with 2 models: give one model at several depths" in str(twice.exception)
