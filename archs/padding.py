@@ -73,7 +73,7 @@ def without_padding(net: nn.Module) -> nn.Module:
     are computed without writing into slices, so that exporters can follow.
     """
     if isinstance(net, PaddedInput):
-        net.__class__ = type(net).__bases__[1]
+        net.__class__ = next(kind for kind in type(net).__mro__ if not issubclass(kind, PaddedInput))
     for part in net.modules():
         if isinstance(part, SwinTransformerBlock):
             part.calculate_mask = partial(shift_mask, window=part.window_size, shift=part.shift_size)

@@ -31,6 +31,7 @@ from qsr_plugin.deploy.comparison import synthetic_images
 from qsr_plugin.deploy.engine import Engine, onnx_facts, openvino_session, require
 from qsr_plugin.deploy.onnx_export import ExportReport, export_onnx
 from qsr_plugin.deploy.signal_stack import same_signal_stack
+from qsr_plugin.deploy.tail_bits import TAIL_IMAGES
 from qsr_plugin.errors import UserError
 from qsr_plugin.quant.surgery import plugin_keys
 
@@ -96,6 +97,8 @@ class Models:
         if name == INT8_TAIL and not report.tail_in_bytes:
             raise UserError(next(step for step in reversed(report.steps) if step.startswith("tail: ")))
         path, notes = report.path, tuple(str(report).splitlines()[1:])
+        if name == INT8_TAIL and not self.images:
+            notes += ("its tail is calibrated on synthetic images",)
         kind, open_session = "openvino", openvino_session
         if name == ONNXRUNTIME:
             kind, open_session = "onnxruntime", _onnxruntime
@@ -127,7 +130,7 @@ class Models:
         net, bits = (self.float_net, None) if kind == "float" else (self.net, self.bits)
         how: dict[str, Any] = {"bits": bits, "passes": passes}
         if kind == _TAIL:
-            how["tail_images"] = self.images or synthetic_images(_IMAGES, _CALIBRATED).split(1)
+            how["tail_images"] = self.images[:TAIL_IMAGES] or synthetic_images(_IMAGES, _CALIBRATED).split(1)
         if path not in self._exported:
             self._exported[path] = export_onnx(net, path, **how)
         if self._exported[path].dynamic:

@@ -98,6 +98,11 @@ class CollapsedTail(nn.Module):
         return self.shuffle(self.border(x, self.conv(x)))
 
 
+def collapsed_tail(net: nn.Module) -> CollapsedTail | None:
+    """The collapsed tail of a network, if it has one."""
+    return next((module for module in net.modules() if isinstance(module, CollapsedTail)), None)
+
+
 def least_side(net: nn.Module) -> int:
     """Smallest height and width of an image that a network takes without the modules its collapsed tail stands for."""
     return max((module.minimum for module in net.modules() if isinstance(module, CollapsedTail)), default=1)

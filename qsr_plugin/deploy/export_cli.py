@@ -32,7 +32,6 @@ _OWN = {
     **dict.fromkeys(("--input-size", "--bits", "--tail-images", "--signed"), Format.ONNX),
     **dict.fromkeys(("--half", "--collapse"), Format.PACKED),
 }
-_TAIL_IMAGES = 32  # at most
 
 
 def export(
@@ -93,6 +92,7 @@ def export(
     from qsr_plugin.data.calibration_set import crops_from_folder
     from qsr_plugin.deploy.packed import save_packed
     from qsr_plugin.deploy.plain import save_plain
+    from qsr_plugin.deploy.tail_bits import TAIL_IMAGES
 
     check_writable(out)
     net = load_quantized(model)
@@ -103,7 +103,7 @@ def export(
     elif form is Format.PLAIN:
         said = str(save_plain(net, out))
     else:
-        tail = None if tail_images is None else list(crops_from_folder(tail_images, images=_TAIL_IMAGES, batch=1))
+        tail = None if tail_images is None else list(crops_from_folder(tail_images, images=TAIL_IMAGES, batch=1))
         said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail, signed=signed))
     for line in said.splitlines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)

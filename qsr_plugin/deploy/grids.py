@@ -74,6 +74,7 @@ class Grid(nn.Module):
         high: Largest level.
         shift: What is added before rounding, and has to be taken off the result.
         shifted: Whether that is anything.
+        carried: Whether there is a carrier.
         has_zero: Whether 0.0 is a level, before the shift and after its way back.
     """
 

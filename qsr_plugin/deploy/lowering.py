@@ -42,7 +42,7 @@ class LoweredPorts:
 
 
 class LoweredConv2d(LoweredPorts, nn.Conv2d):
-    """Convolution of integers; the shift of a grid without a zero level goes into the bias, at borders beside it."""
+    """Convolution of integers; the shift of a grid goes into the bias, at borders beside it if zero is no level."""
 
     pad_first: bool = False
 

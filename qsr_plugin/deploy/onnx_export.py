@@ -1,8 +1,8 @@
 """ONNX files of quantized networks: ``Clip -> QuantizeLinear -> DequantizeLinear`` on 8-bit carriers.
 
-Activations are unsigned bytes with a zero point, weights signed bytes with a scale per output channel, whatever their
-bit width: engines have no faster arithmetic for fewer bits. A model is run and compared with PyTorch before it is
-written.
+Activations are unsigned bytes with a zero point (on request signed ones around zero), weights signed bytes with a scale
+per output channel, whatever their bit width: engines have no faster arithmetic for fewer bits. A model is run and
+compared with PyTorch before it is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qsr_plugin import __version__
 from qsr_plugin.atomic import check_writable, write_atomically
 from qsr_plugin.checkpoint import metadata_of
 from qsr_plugin.deploy.affine import fold_affine
-from qsr_plugin.deploy.collapsed import least_side
+from qsr_plugin.deploy.collapsed import collapsed_tail, least_side
 from qsr_plugin.deploy.comparison import Agreement, compare
 from qsr_plugin.deploy.engine import FORMAT, require
 from qsr_plugin.deploy.image_mean import fold_mean
@@ -109,8 +109,9 @@ def export_onnx(
 
     Raises:
         LoweringError: If the network has no constant integer form.
-        ExportError: If PyTorch cannot export it, or the file disagrees with PyTorch.
-        UserError: If the packages of the extra ``deploy`` are missing.
+        ExportError: If PyTorch cannot export it, the file disagrees with PyTorch, or there are ``tail_images`` but no
+            collapsed tail.
+        UserError: If the packages of the extra ``deploy`` are missing, or ``tail_images`` are fewer than two.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -122,11 +123,14 @@ def export_onnx(
     steps = []
     if passes:
         steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
+    if tail_images is not None and collapsed_tail(lowered) is None:
+        why = steps[-1] if passes else "tail: nothing is collapsed without passes"
+        raise ExportError(f"there are images for an 8-bit tail, but {why}. Leave them out (--tail-images)")
     tail = None if tail_images is None else quantize_tail(lowered, tail_images, signed=signed)
     steps += [] if tail is None else [str(tail)]
-    sides = _Sides.of(lowered)
+    kind, sides = type(lowered).__name__, _Sides.of(lowered)
     size = sides.fitting(input_size or TRACED)
-    model, agreement, free = _traced(lowered, size, sides, passes)
+    model, agreement, free = _traced(lowered, size, sides, passes, kind)
     with torch.inference_mode():
         scale = lowered(torch.zeros(1, 3, *size)).shape[-1] // size[1]
     _describe(model, net, scale, sides, free)
@@ -179,7 +183,9 @@ class _Free:
     told: tuple[str, ...] = ()
 
 
-def _traced(net: nn.Module, size: tuple[int, int], sides: _Sides, passes: bool) -> tuple[Any, Agreement, _Free]:
+def _traced(
+    net: nn.Module, size: tuple[int, int], sides: _Sides, passes: bool, kind: str
+) -> tuple[Any, Agreement, _Free]:
     """The model with as many free axes as the network allows, and how near it is to PyTorch."""
     problem, found = "", sides.fitting(CHECKED)
     larger = (found[0] + 3 * sides.multiple, found[1] + 5 * sides.multiple)
@@ -198,8 +204,7 @@ def _traced(net: nn.Module, size: tuple[int, int], sides: _Sides, passes: bool) 
                 return model, agreement, replace(free, told=tuple(told))
             problem = str(agreement)
     raise ExportError(
-        f"this {type(net).__name__} was not exported (PyTorch {torch.__version__}): {problem}. Run it with the torch "
-        "engine"
+        f"this {kind} was not exported (PyTorch {torch.__version__}): {problem}. Run it with the torch engine"
     )
 
 

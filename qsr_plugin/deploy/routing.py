@@ -29,12 +29,18 @@ def with_shallower(engines: Sequence[Engine]) -> Engine:
     """
     *others, deepest = engines
     for one in others:
-        for what in ("scale", "fixed"):
-            if (own := getattr(one, what)) != (wanted := getattr(deepest, what)):
-                raise UserError(
-                    f"networks that share an image must have one {what}, these have {own} and {wanted}: give the same "
-                    "network at several depths"
-                )
+        if one.scale != deepest.scale:
+            raise UserError(
+                f"networks that share the tiles of an image have scale {one.scale} and {deepest.scale}: give one "
+                "network at several depths"
+            )
+        if one.fixed != deepest.fixed:
+            fixed = (one.fixed, deepest.fixed)
+            sizes = ["any size" if size is None else f"{size[0]}x{size[1]} pixels only" for size in fixed]
+            raise UserError(
+                f"networks that share the tiles of an image take {sizes[0]} and {sizes[1]}: export them with one "
+                "--input-size"
+            )
     return replace(deepest, shallower=tuple(others))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qsr_plugin.deploy.calls import Call, CallRecord, quantizes, record_calls
-from qsr_plugin.deploy.collapsed import CollapsedTail
+from qsr_plugin.deploy.collapsed import CollapsedTail, collapsed_tail
 from qsr_plugin.deploy.exact_border import exact_border, smallest_side
 from qsr_plugin.deploy.linear_chain import affine_map, in_float64, nonlinearity, reach
 from qsr_plugin.quant.layer_trace import LayerTraceError
@@ -75,7 +75,7 @@ def collapse_tail(net: nn.Module, *, ring: bool = True) -> TailReport:
     Returns:
         What was done. The result is compared with that of the untouched network before it is kept.
     """
-    if any(isinstance(module, CollapsedTail) for module in net.modules()):
+    if collapsed_tail(net) is not None:
         return TailReport(False, "collapsed already")
     try:
         record = record_calls(net)

@@ -4,7 +4,8 @@ Neighbouring tiles meet in the middle of what they share (:func:`qsr_plugin.data
 taken from the tile in whose interior it lies, and nothing is blended. The result is that of the whole image where the
 overlap is at least the receptive field of the network; with less, values next to a seam differ by what the missing
 surroundings matter. If no overlap is given, it is measured how far they do (:attr:`Engine.reach`). Networks that look
-at the whole image (attention to channels, bits chosen by content, windows that start elsewhere) differ in any case.
+at the whole image (attention to channels, bits chosen by content, windows that start elsewhere) differ in any case, and
+so do networks of several depths that share the tiles: where two of them meet, a seam may show.
 """
 
 from __future__ import annotations
@@ -40,13 +41,10 @@ def default_tile(engine: Engine, height: int, width: int) -> int | None:
     """Side of the tiles an image is cut into if the user does not say: :data:`TILE`, or ``None`` for the whole image.
 
     An image stays whole up to 512 x 512 pixels, if input and output of the largest layer take at most half of the free
-    memory; processes that ``torchrun`` started on this computer share what is free. Networks of several depths share
-    tiles, so then there are some.
+    memory; processes that ``torchrun`` started on this computer share what is free.
     """
     if engine.fixed is not None:
         return None
-    if engine.shallower:
-        return TILE
     needed = (engine.pixel_bytes or _USUAL * engine.scale**2) * height * width
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device == "cpu" else 1
     small = height * width <= _WHOLE and 2 * needed <= free_memory(torch.device(engine.device)) / processes

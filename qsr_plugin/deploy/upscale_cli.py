@@ -60,7 +60,9 @@ def upscale(
     from qsr_plugin.deploy.upscale import Tiling, check_any_readable, plan, prepare, share_of_process, upscale_files
 
     jobs = plan(inputs, out, form=form, suffix=suffix)
-    sources = model if depth is None else _of_depths(model, depth)
+    sources = _in_order(model) if depth is None else _of_depths(model, depth)
+    if len(sources) > 1 and tile == 0:
+        raise UserError("--tile 0 runs whole images, and several depths share tiles: leave out one of the two")
     own_device = _own_gpu(device)
     opened = with_shallower([open_engine(one, engine, threads=threads, device=own_device) for one in sources])
     tiling = Tiling(tile, overlap, batch)
@@ -72,6 +74,18 @@ def upscale(
     summary = upscale_files(opened, left, tiling, there=there, skip_broken=len(jobs) > 1, progress=progress)
     check_any_readable(jobs, own, summary.broken)
     console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _in_order(models: list[Path]) -> list[Path]:
+    """Refuse networks that are not given from the smallest to the largest."""
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in models]  # what is missing is told later
+    for (path, size), (after, larger) in zip(zip(models, sizes), zip(models[1:], sizes[1:])):
+        if 0 < larger <= size:
+            raise UserError(
+                f"--model {path} ({size} bytes) comes before {after} ({larger} bytes): several models share the tiles, "
+                "given from the fewest blocks to the most. Change the order, or leave one out"
+            )
+    return models
 
 
 def _of_depths(models: list[Path], depths: str) -> list[Any]:

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from qsr_plugin.archs.padding import PaddedInput, pad_input, pad_to
+from qsr_plugin.archs.padding import PaddedInput, pad_input, pad_to, without_padding
 from torch import Tensor, nn
 
 from qsr_plugin.quant.calibrate import calibrate
@@ -86,3 +86,20 @@ def test_quantized_networks_pad_inside_the_record() -> None:
 def test_numbers_that_make_no_sense_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="allowed are whole numbers from 1"):
         pad_input(Windows(), **wrong)
+
+
+def test_padding_goes_from_a_class_made_of_one_that_pads() -> None:
+    class Whole(Windows):
+        """With the numbers of its padding."""
+
+        pad_scale, pad_multiple, pad_minimum, pad_square = 2, 8, 16, False
+
+    class Padded(PaddedInput, Whole):
+        """Pads by itself."""
+
+    class Own(Padded):
+        """A user's."""
+
+    net = Own()
+    assert net(torch.rand(1, 3, 5, 9)).shape == (1, 3, 10, 18)
+    assert type(without_padding(net)) is Whole and net.pad_multiple == 8

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from qsr_plugin import calibrate, load_recipe, quantize_model, save_quantized
+from qsr_plugin import calibrate, load_quantized, load_recipe, quantize_model, save_quantized, slim
 from qsr_plugin.cli import app
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.image_io import read_picture
 from qsr_plugin.deploy.routing import with_shallower
-from qsr_plugin.deploy.tiles import TILE, default_tile, upscale_tiled
+from qsr_plugin.deploy.tiles import upscale_tiled
 from qsr_plugin.errors import UserError
 from tests.deploy.engines import nearest_engine
 from tests.deploy.test_upscale import noise, write_png
@@ -51,17 +51,10 @@ def test_shares_are_equal_and_the_rest_is_for_the_deepest(tiles: int) -> None:
     assert sum(counts) == tiles and counts == sorted(counts) and counts[-1] - counts[0] <= 1
 
 
-def test_an_image_is_cut_although_it_is_small() -> None:
-    engine = nearest_engine()
-    assert default_tile(engine, 200, 300) is None
-    assert default_tile(with_shallower([engine, engine]), 200, 300) == TILE
-    assert with_shallower([engine]).shallower == ()
-
-
 def test_networks_that_do_not_fit_together() -> None:
-    with pytest.raises(UserError, match="one scale, these have 4 and 2: give the same network at several depths"):
+    with pytest.raises(UserError, match="of an image have scale 4 and 2: give one network at several depths"):
         with_shallower([nearest_engine(4), nearest_engine(2)])
-    with pytest.raises(UserError, match=r"one fixed, these have \(8, 8\) and None"):
+    with pytest.raises(UserError, match="take 8x8 pixels only and any size: export them with one --input-size"):
         with_shallower([nearest_engine(fixed=(8, 8)), nearest_engine()])
 
 
@@ -91,6 +84,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Pat
     shallow, deep, both = made("1"), made("2"), made("2,1")
     assert (shallow[:, :32] != deep[:, :32]).any() and (shallow[:, 32:] != deep[:, 32:]).any()
     np.testing.assert_array_equal(both, np.concatenate([shallow[:, :32], deep[:, 32:]], 1))
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for blocks, path in enumerate(files, 1):
+        save_quantized(slim(load_quantized(model), blocks), path)
+    given = [tmp_path / "in.png", "-o", tmp_path / "files.png", "--tile", 16, "--overlap", 0]
+    done = CliRunner().invoke(app, ["upscale", *map(str, given), "--model", str(files[0]), "--model", str(files[1])])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(read_picture(tmp_path / "files.png").rgb, both)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,16 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Pat
     [
         (("--depth", "1,many"), "--depth is '1,many'; expected numbers of blocks like 8 or 4,8,16"),
         (("--depth", "3"), "has 2 blocks: give 1 to 2"),
+        (("--depth", "1,2", "--tile", "0"), "--tile 0 runs whole images, and several depths share tiles"),
+        (("--model", "net.safetensors", "--depth", "1"), "with 2 models: give one model at several depths"),
+        (("--model", "net.safetensors"), "several models share the tiles, given from the fewest blocks to the most"),
     ],
 )
-def test_depths_that_do_not_fit(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_depths_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_png(tmp_path / "in.png", noise(8, 8))
-    given = [str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--model", str(model), *arguments]
+    given = ["in.png", "-o", "out.png", "--model", "net.safetensors", *arguments]
     assert message in str(CliRunner().invoke(app, ["upscale", *given]).exception)
-    twice = CliRunner().invoke(app, ["upscale", *given[:-2], "--model", str(model), "--depth", "1"])
-    assert "with 2 models: give one model at several depths" in str(twice.exception)
+    assert not (tmp_path / "out.png").exists()

@@ -21,16 +21,21 @@ from tests.deploy.tails import SIZES, Tail, lively
 BATCHES = synthetic_images(4, (16, 20)).split(1)
 
 
-@pytest.fixture
-def net() -> nn.Module:
-    """A convolution, and a linear tail that is one convolution already."""
+def network(**changes: bool) -> nn.Module:
+    """A convolution with a ReLU, and a linear tail."""
     torch.manual_seed(0)
     tail = (nn.Conv2d(12, 48, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(12, 3, 3, padding=1))
     made = lively(Tail(*tail))
     with torch.no_grad():
         made.tail[2].weight *= 0.2
-    assert collapse_tail(made).applied
+    assert collapse_tail(made, **changes).applied
     return made
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """With a collapsed tail, borders included."""
+    return network()
 
 
 def tail_of(net: nn.Module) -> CollapsedTail:
@@ -76,7 +81,7 @@ def test_too_much_change_leaves_it_float(net: nn.Module, least: float) -> None:
 
 
 def test_the_change_is_measured_on_images_that_the_range_is_not_from(net: nn.Module) -> None:
-    """Ten times darker images give a range that the others do not fit into."""
+    """Fifty times darker images give a range that the others do not fit into."""
     dark_first = [batch * (1 if index % 2 else 0.02) for index, batch in enumerate(BATCHES)]
     assert not quantize_tail(net, dark_first).applied
     bright_first = [batch * (0.02 if index % 2 else 1) for index, batch in enumerate(BATCHES)]
@@ -87,12 +92,31 @@ def test_nothing_to_do(net: nn.Module) -> None:
     with pytest.raises(UserError, match=r"1 image\(s\) for the range of the tail: give two or more"):
         quantize_tail(net, BATCHES[:1])
     plain = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.PixelShuffle(2))
-    report = quantize_tail(plain, BATCHES)
-    assert not report.applied and str(report) == "tail: not collapsed, so not quantized for itself either"
+    with pytest.raises(UserError, match="has no collapsed tail that could compute in 8 bits: leave the images out"):
+        quantize_tail(plain, BATCHES)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_exported(quantized: Callable[..., nn.Module], tmp_path: Path, bits: int) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("signed", [False, True])
+def test_features_below_zero(signed: bool) -> None:
+    """Zero is a level of the input then as well, also of signed bytes; so borders are those of padding with it."""
+    made = network(ring=False)
+    made.head[1] = nn.Identity()
+    inputs = [made.head(batch) for batch in BATCHES]
+    conv = tail_of(made).conv
+    assert quantize_tail(made, BATCHES, least=20, signed=signed).applied
+    low, high = (float(find(torch.cat(inputs[::2]))) for find in (torch.min, torch.max))
+    step = (high - low) / 255
+    zero = round(-low / step)
+    assert low < 0 and tail_of(made).conv.input_grid.has_zero
+    x = (torch.round(inputs[1] / step) + zero).clamp(0, 255) * step - zero * step
+    own = conv.weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    wanted = nn.functional.conv2d(x, torch.round(conv.weight / own) * own, conv.bias, padding=conv.padding)
+    torch.testing.assert_close(tail_of(made).conv(inputs[1]), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(4, False), (8, False), (8, True)])
+def test_exported(quantized: Callable[..., nn.Module], tmp_path: Path, bits: int, signed: bool) -> None:
     """One more convolution of integers than without; engines give what PyTorch gives."""
     onnx = pytest.importorskip("onnx", reason="the extra [deploy] is not installed")
     for package in ("onnxscript", "onnxruntime", "openvino"):
@@ -102,7 +126,10 @@ def test_exported(quantized: Callable[..., nn.Module], tmp_path: Path, bits: int
 
     net = quantized("auto", "EDSR", bits, fragile=None)
     path = tmp_path / "net.onnx"
-    plain, with_tail = export_onnx(net, path), export_onnx(net, tmp_path / "tail.onnx", tail_images=BATCHES)
+    plain, with_tail = (
+        export_onnx(net, path),
+        export_onnx(net, tmp_path / "tail.onnx", tail_images=BATCHES, signed=signed),
+    )
     assert with_tail.tail_in_bytes and not plain.tail_in_bytes and "its convolution in 8 bits" in str(with_tail)
     assert with_tail.agreement.quantizers == plain.agreement.quantizers + 1 and with_tail.agreement.holds
     initializers = onnx.load(with_tail.path).graph.initializer
