@@ -6,8 +6,10 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
@@ -37,14 +39,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(_MMAP_THRESHOLD, _LARGE) and mallopt(_TRIM_THRESHOLD, _NEVER))
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device | str) -> int:
     """Bytes that can be allocated on a device without displacing anything.
 
     Args:
         device: A CUDA device, or another one that uses the computer's main memory. For the latter, what Linux calls
             available, or what the limit of a container leaves where that is less; 2 GiB on other systems.
     """
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch  # it takes time and memory, which the CPU's answer does not need
+
         return torch.cuda.mem_get_info(device)[0]
     if not _MEMINFO.is_file():
         return _ASSUMED

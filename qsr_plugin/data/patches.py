@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from qsr_plugin.data.spans import Last, Patch, spans
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.explain import explain
 from qsr_plugin.quant.quantizer import StrictOptions
 
 T = TypeVar("T")
-#: What becomes of the last patch of a row or column, see above.
-Last = Literal["shift", "enlarge"]
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -82,71 +80,6 @@ def protocol(patches: PatchOptions | None) -> str:
         return "whole images"
     last = "enlarged" if patches.last == "enlarge" else "moved back"
     return f"patches of {patches.size}x{patches.size}, overlap {patches.overlap}, last {last}"
-
-
-@dataclass(frozen=True)
-class Span:
-    """One patch along one axis, in input pixels.
-
-    Attributes:
-        start: First pixel of the patch.
-        stop: One after its last pixel.
-        keep_from: First pixel whose result is taken from this patch.
-        keep_to: One after the last such pixel.
-    """
-
-    start: int
-    stop: int
-    keep_from: int
-    keep_to: int
-
-
-class Patch(NamedTuple):
-    """One patch of an image, in input pixels."""
-
-    y: Span
-    x: Span
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.y.stop - self.y.start, self.x.stop - self.x.start
-
-    def of(self, image: Tensor) -> Tensor:
-        """This part of ``(..., H, W)``."""
-        return image[..., self.y.start : self.y.stop, self.x.start : self.x.stop]
-
-
-def spans(length: int, size: int, overlap: int, last: Last = "shift") -> list[Span]:
-    """Cut an axis into overlapping patches.
-
-    With ``last="shift"`` all have the same size and the last one is moved back to end at the border; a side shorter
-    than a patch is one patch. With ``last="enlarge"`` patches start at 0, step, 2 step, ... as far as a whole one fits,
-    ``step = size - overlap``, and the last one is extended to the border: it has at most ``size + step - 1`` pixels,
-    and a side shorter than ``size + step`` is one patch. Neighbours meet in the middle of what they share, rounded
-    down.
-
-    Args:
-        length: Pixels along the axis.
-        size: Pixels of a patch.
-        overlap: Pixels that neighbours share, at least.
-        last: What becomes of the last patch.
-
-    Raises:
-        ValueError: Unless ``0 <= overlap < size``; with a larger stride than patch, pixels would be left out.
-    """
-    if size < 1 or not 0 <= overlap < size:
-        raise ValueError(
-            f"patch size {size} with overlap {overlap}: the overlap must be 0 to {max(size - 1, 0)} pixels"
-        )
-    step = size - overlap
-    if last == "enlarge":
-        starts = list(range(0, max(length - size, 0) + 1, step))
-    else:
-        starts = [*range(0, length - size, step), max(length - size, 0)]
-    stops = [*(start + size for start in starts[:-1]), length]
-    borders = [0, *((stop + start) // 2 for stop, start in zip(stops, starts[1:])), length]
-    return [Span(*span) for span in zip(starts, stops, borders, borders[1:])]
 
 
 def patches_of(height: int, width: int, options: PatchOptions) -> list[Patch]:

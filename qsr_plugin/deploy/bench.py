@@ -15,9 +15,9 @@ from qsr_plugin.deploy.bench_rows import Protocol, Row, Size
 from qsr_plugin.deploy.bench_timing import Pair, Speed, clock_for, measure_round, warm_up
 from qsr_plugin.deploy.bench_variants import Models, Opened
 from qsr_plugin.deploy.comparison import synthetic_images
-from qsr_plugin.deploy.context import largest_layer
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.tiles import out_of_memory
+from qsr_plugin.deploy.torch_engine import largest_layer
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.memory import free_memory
 from qsr_plugin.progress import Progress, no_progress

@@ -1,14 +1,11 @@
-"""What an engine needs around a pixel and in memory, measured on an image of noise."""
+"""What an engine needs around a pixel, measured on an image of noise."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from qsr_plugin.deploy.engine import Engine
@@ -55,27 +52,6 @@ def measured_reach(engine: Engine) -> int | None:
         shared // 2, WIDE,
     )  # fmt: skip
     return None
-
-
-@contextmanager
-def largest_layer(net: nn.Module) -> Iterator[list[int]]:
-    """Watch what runs: bytes of input and output, as float32, of the largest module without parts.
-
-    Yields:
-        A list of one number, which grows as the network runs.
-    """
-    most = [0]
-
-    def look(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        values = sum(one.numel() for one in (*inputs, output) if isinstance(one, Tensor))
-        most[0] = max(most[0], 4 * values)
-
-    hooks = [module.register_forward_hook(look) for module in net.modules() if not list(module.children())]
-    try:
-        yield most
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _noise(height: int, width: int) -> np.ndarray:

@@ -9,22 +9,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from qsr_plugin import __version__
-from qsr_plugin.checkpoint import CheckpointError, load_quantized
-from qsr_plugin.data.borders import pad_to
-from qsr_plugin.deploy.context import largest_layer, measured_reach
-from qsr_plugin.deploy.folding import fold
+from qsr_plugin.deploy.context import measured_reach
 from qsr_plugin.deploy.signal_stack import same_signal_stack
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.foreign_files import ONNX, foreign_kind
+
+if TYPE_CHECKING:
+    from torch import nn
 
 KINDS = ("openvino", "onnxruntime", "torch")
 #: Layout of the metadata in exported ONNX files that this version reads.
@@ -32,7 +30,6 @@ FORMAT = 1
 #: Numbers that the metadata must have, with their least values.
 _METADATA = {"format": 1, "scale": 1, "window": 1, "minimum": 1, "dynamic": 0, "batches": 0}
 _INPUT, _OUTPUT = "image", "upscaled"
-_TRIED = 48  # side of the image on which a module shows its scale
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Engine:
                 "tiles of that size (upscale_tiled), or export the model with another --input-size"
             )
         taken = self.fixed or (self._taken(height), self._taken(width))
-        x = pad_to(torch.from_numpy(np.ascontiguousarray(x)), *taken).numpy()
+        x = _padded(x, *taken)
         padded = self.run(x) if self.batches else np.concatenate([self.run(one[None]) for one in x])
         out = padded[..., : self.scale * height, : self.scale * width]
         if out.shape != (expected := (x.shape[0], 3, self.scale * height, self.scale * width)):
@@ -123,7 +120,7 @@ def open_engine(
         UserError: For a file that is no such model (the message says what it is), one of a newer version, an engine
             that does not fit it or is not installed, or a device that is not there.
     """
-    path = None if isinstance(source, nn.Module) else Path(source).expanduser()
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     is_onnx = path is not None and path.suffix == ".onnx"
     kind = kind or ("openvino" if is_onnx else "torch")
     if kind not in KINDS:
@@ -134,7 +131,9 @@ def open_engine(
     if kind != "torch" and device != "cpu":
         raise UserError(f"engine '{kind}' runs on the CPU here, device is '{device}': leave it out, or use torch")
     if not is_onnx:
-        return _torch_engine(source if path is None else _quantized(path), threads, device)
+        from qsr_plugin.deploy.torch_engine import quantized_in, torch_engine  # others run without PyTorch
+
+        return torch_engine(source if path is None else quantized_in(path), threads, device)
     facts = onnx_facts(path)
     session = {"openvino": openvino_session, "onnxruntime": _onnxruntime_session}[kind]
     try:
@@ -142,7 +141,7 @@ def open_engine(
     except UserError:
         raise
     except Exception as error:  # the runtimes raise kinds of their own
-        raise UserError(f"{path}: {kind} cannot run it ({_first_line(error)}). Try another --engine") from None
+        raise UserError(f"{path}: {kind} cannot run it ({first_line(error)}). Try another --engine") from None
     return Engine(kind, run=run, **facts)
 
 
@@ -156,35 +155,25 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{module} is needed for this and cannot be imported ({_first_line(error)}): "
+            f"{module} is needed for this and cannot be imported ({first_line(error)}): "
             "install the extra 'deploy', for example pip install -e \".[deploy]\" in the folder of qsr_plugin"
         ) from None
-
-
-def _quantized(path: Path) -> nn.Module:
-    """The network in a quantized or packed file."""
-    try:
-        return fold(load_quantized(path))  # weights are quantized once, not in every forward
-    except CheckpointError:
-        if path.is_file() and (wrong := foreign_kind(path)):
-            raise _no_model(path, wrong) from None
-        raise
 
 
 def onnx_facts(path: Path) -> dict[str, Any]:
     """Scale, window and fixed size of an exported file."""
     if not path.is_file():
-        raise _no_model(path, "not there, or a folder")
+        raise no_model(path, "not there, or a folder")
     onnx = require("onnx")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # google.protobuf raises DecodeError, and others for files cut short
-        raise _no_model(path, _not_onnx(path, _first_line(error))) from None
+        raise no_model(path, _not_onnx(path, first_line(error))) from None
     if not model.graph.input:  # also what protobuf makes of an empty file
-        raise _no_model(path, _not_onnx(path, "no network in it"))
+        raise no_model(path, _not_onnx(path, "no network in it"))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if missing := [key for key, least in _METADATA.items() if _number(metadata.get(key)) < least]:
-        raise _no_model(path, f"an ONNX model of another program (no metadata '{missing[0]}')")
+        raise no_model(path, f"an ONNX model of another program (no metadata '{missing[0]}')")
     if int(metadata["format"]) > FORMAT:
         raise UserError(
             f"{path} was written by qsr_plugin {metadata.get('qsr_plugin')} in format {metadata['format']}, this is "
@@ -194,7 +183,7 @@ def onnx_facts(path: Path) -> dict[str, Any]:
     if metadata["dynamic"] == "0":
         fixed = tuple(axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim[2:])
         if len(fixed) != 2 or not all(fixed):
-            raise _no_model(path, f"an ONNX model that says it has a fixed size, but has {fixed}")
+            raise no_model(path, f"an ONNX model that says it has a fixed size, but has {fixed}")
     numbers = {key: int(metadata[key]) for key in ("scale", "window", "minimum")}
     return {**numbers, "fixed": fixed, "batches": metadata["batches"] == "1"}
 
@@ -220,34 +209,19 @@ def _onnxruntime_session(path: Path, threads: int | None) -> Callable[[np.ndarra
     return lambda x: session.run([_OUTPUT], {_INPUT: np.ascontiguousarray(x)})[0]
 
 
-def _torch_engine(net: nn.Module, threads: int | None, device: str) -> Engine:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        net.eval().to(torch.device(device), memory_format=torch.channels_last)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        raise UserError(f"device is '{device}', which cannot be used here ({_first_line(error)}): try cpu") from None
-    run = partial(_run_module, net, torch.device(device))
-    tried = np.full((1, 3, _TRIED, _TRIED), 0.5, np.float32)
-    with largest_layer(net) as layer:
-        out = run(tried)
-    if out.ndim != 4 or out.shape[1] != 3 or out.shape[2] != out.shape[3] or out.shape[2] % _TRIED:
-        raise UserError(
-            f"{type(net).__name__} makes {tuple(out.shape)} of an image {(1, 3, _TRIED, _TRIED)}: expected three "
-            "channels, and both sides enlarged by a whole number"
-        )
-    return Engine("torch", out.shape[2] // _TRIED, run, device=device, pixel_bytes=layer[0] / _TRIED**2)
+def _padded(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An array as :func:`qsr_plugin.data.borders.pad_to` pads a tensor."""
+    for mode in ("reflect", "edge"):
+        bottom, right = height - x.shape[2], width - x.shape[3]
+        if mode == "reflect":
+            bottom, right = min(bottom, x.shape[2] - 1), min(right, x.shape[3] - 1)
+        if bottom or right:
+            x = np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)), mode)
+    return x
 
 
-def _run_module(net: nn.Module, device: torch.device, x: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        batch: Tensor = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=torch.channels_last)
-        return net(batch).float().contiguous().cpu().numpy()
-
-
-def _no_model(path: Path, what: str) -> UserError:
+def no_model(path: Path, what: str) -> UserError:
+    """The error for a file that is no model that an engine runs."""
     return UserError(
         f"{path} is {what}; expected a quantized .safetensors (of qsr quantize or a training), or an .onnx that qsr "
         "export made of one"
@@ -264,5 +238,6 @@ def _number(text: str | None) -> int:
     return int(text) if text is not None and text.isdecimal() else -1
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from qsr_plugin.checkpoint import write_atomically
+from qsr_plugin.atomic import write_atomically
 from qsr_plugin.data.images import read_rgb, to_uint8
 from qsr_plugin.errors import UserError
 
@@ -163,16 +163,16 @@ def format_of(path: Path) -> str:
     return kind
 
 
-def _encoded(image: np.ndarray, kind: str, profile: bytes | None) -> bytes:
+def _encoded(image: np.ndarray, kind: str, profile: bytes | None) -> bytes | memoryview:
     """A file of (H, W) or (H, W, C), BGR; OpenCV writes no profiles, Pillow no colour of 16 bits."""
     if profile is None or kind == "png":
         try:
-            data = cv2.imencode(f".{kind}", image, ENCODINGS[kind])[1].tobytes()
+            data = cv2.imencode(f".{kind}", image, ENCODINGS[kind])[1].data
         except cv2.error as error:
             raise OSError(
                 f"an image of {image.shape[1]}x{image.shape[0]} cannot be encoded as {kind}: {error}"
             ) from None
-        return data if profile is None else data[:_PNG_HEAD] + _png_profile(profile) + data[_PNG_HEAD:]
+        return data if profile is None else b"".join((data[:_PNG_HEAD], _png_profile(profile), data[_PNG_HEAD:]))
     colours = image if image.ndim == 2 else image[..., [2, 1, 0, 3][: image.shape[2]]]
     file = io.BytesIO()
     how = {"lossless": True} if kind == "webp" else {"quality": ENCODINGS["jpg"][1]}

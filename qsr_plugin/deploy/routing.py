@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from qsr_plugin.data.patches import Patch
+from qsr_plugin.data.spans import Patch
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.errors import UserError
-from qsr_plugin.quant.image_stats import edge_scores
 
 
 def with_shallower(engines: Sequence[Engine]) -> Engine:
@@ -57,11 +55,18 @@ def in_groups(
     """
     engines, chosen = (*engine.shallower, engine), np.zeros(len(patches), int)
     if len(engines) > 1:
-        tiles = (torch.from_numpy(np.ascontiguousarray(patch.of(planes))) for patch in patches)
-        order = np.argsort([float(edge_scores(tile[None])) for tile in tiles], kind="stable")
+        order = np.argsort([_edge_score(patch.of(planes)) for patch in patches], kind="stable")
         chosen[order[::-1]] = len(engines) - 1 - np.arange(len(patches)) * len(engines) // len(patches)
     groups: list[tuple[Engine, Sequence[Patch]]] = []
     for index, one in enumerate(engines):
         own = [patch for patch, at in zip(patches, chosen) if at == index]
         groups += [(one, own[first : first + batch]) for first in range(0, len(own), batch)]
     return groups
+
+
+def _edge_score(tile: np.ndarray) -> float:
+    import torch  # one network alone needs none of it
+
+    from qsr_plugin.quant.image_stats import edge_scores
+
+    return float(edge_scores(torch.from_numpy(np.ascontiguousarray(tile))[None]))

@@ -1,6 +1,6 @@
 """Images of any size through an engine: cut into overlapping tiles, each output pixel taken from one of them.
 
-Neighbouring tiles meet in the middle of what they share (:func:`qsr_plugin.data.patches.spans`), so that a result is
+Neighbouring tiles meet in the middle of what they share (:func:`qsr_plugin.data.spans.spans`), so that a result is
 taken from the tile in whose interior it lies, and nothing is blended. The result is that of the whole image where the
 overlap is at least the receptive field of the network; with less, values next to a seam differ by what the missing
 surroundings matter. If no overlap is given, it is measured how far they do (:attr:`Engine.reach`). Networks that look
@@ -15,9 +15,8 @@ import os
 from itertools import product
 
 import numpy as np
-import torch
 
-from qsr_plugin.data.patches import Patch, spans
+from qsr_plugin.data.spans import Patch, spans
 from qsr_plugin.deploy.context import WIDE
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.routing import in_groups
@@ -47,7 +46,7 @@ def default_tile(engine: Engine, height: int, width: int) -> int | None:
         return None
     needed = (engine.pixel_bytes or _USUAL * engine.scale**2) * height * width
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device == "cpu" else 1
-    small = height * width <= _WHOLE and 2 * needed <= free_memory(torch.device(engine.device)) / processes
+    small = height * width <= _WHOLE and 2 * needed <= free_memory(engine.device) / processes
     return None if small else TILE
 
 

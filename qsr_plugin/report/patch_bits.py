@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qsr_plugin.data.patches import SMALLEST, Last, Patch, PatchOptions, Span, run_with_notes
+from qsr_plugin.data.patches import SMALLEST, PatchOptions, run_with_notes
+from qsr_plugin.data.spans import Last, Patch, Span
 from qsr_plugin.quant.record import RecordingRoot, evaluating
 from qsr_plugin.report.fab import bits_of_images
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qsr_plugin import calibrate, compat
-from qsr_plugin.data.patches import PatchOptions, patches_of, protocol, run_in_patches, run_with_notes, spans
+from qsr_plugin.data.patches import PatchOptions, patches_of, protocol, run_in_patches, run_with_notes
+from qsr_plugin.data.spans import spans
 from qsr_plugin.options_file import OptionsError
 
 

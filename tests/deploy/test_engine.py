@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from qsr_plugin import calibrate, quantize_model, save_quantized
+from qsr_plugin.data.borders import pad_to
 from qsr_plugin.deploy.engine import Engine, open_engine
 from qsr_plugin.deploy.signal_stack import signal_stack
 from qsr_plugin.errors import UserError
@@ -73,6 +76,29 @@ def test_padding_mirrors_and_repeats_the_last_pixel_beyond() -> None:
     nearest_engine(2, seen.append, window=4)(inside)
     padded = torch.nn.functional.pad(torch.from_numpy(inside), (0, 3, 0, 3), mode="reflect")
     np.testing.assert_array_equal(seen[1], padded.numpy())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 8), (1, 1), (3, 7), (2, 1)])
+def test_padding_is_that_of_the_networks(size: tuple[int, int]) -> None:
+    seen: list[np.ndarray] = []
+    image = noise(2, 3, *size)
+    nearest_engine(watch=seen.append, window=8)(image)
+    np.testing.assert_array_equal(seen[0], pad_to(torch.from_numpy(image), 8, 8).numpy())
+
+
+def test_exported_models_run_without_pytorch(tmp_path: Path) -> None:
+    """It takes a second and 200 MB to import, more than tiles of a small network need."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("openvino")
+    cv2.imwrite(str(tmp_path / "in.png"), np.zeros((9, 7, 3), np.uint8))
+    names = ("upscale", "in.png", "-o", "out.png", "--model", str(write_onnx(tmp_path / "net.onnx")), "--tile", "8")
+    code = (
+        "import sys\nfrom qsr_plugin.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cv2.imread(str(tmp_path / "out.png")).shape == (18, 14, 3)
 
 
 def test_a_model_of_fixed_size_gets_this_size_and_one_image() -> None:

@@ -259,7 +259,7 @@ def choosing(tiny_net, images: list[Tensor], **changes: object) -> nn.Module:
 
 
 def test_a_table_holds_what_each_patch_was_given(tiny_net, images) -> None:
-    from qsr_plugin.data.patches import spans
+    from qsr_plugin.data.spans import spans
     from qsr_plugin.report.edge_table import build_table
 
     net = choosing(tiny_net, images).train()
