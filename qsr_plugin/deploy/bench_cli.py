@@ -18,6 +18,7 @@ from qsr_plugin.report_cli import Pair, console, set_name
 Option = typer.Option
 #: Measured if no size is given.
 DEFAULT_SIZE = (96, 96)
+_WIDE = 250  # columns at most of a table that goes to a file
 
 
 class SeveralSizes(SeveralTests):
@@ -93,6 +94,8 @@ def bench(
     float_net = float_network_of(net, weights, model)
     if weights is None and getattr(net, "folded", False):
         console.print(f"note: {model} is packed, its float network has quantized weights: --float gives others")
+    elif weights is None and net.recipe.tuning is not None:
+        console.print(f"note: the weights in {model} were tuned to be quantized: --float gives those from before")
     about = of_backbone(net.backbone_options)
     tests = {} if test is None else {set_name(test[0]): test}
     for hr, lr in tests.values():
@@ -104,7 +107,7 @@ def bench(
         rows = work.bench(models, names, protocol, memory=memory, tests=tests, progress=_track)
     known, title = machine(), f"{about['architecture']}, {method_label(net.recipe)}"
     for one in sizes:
-        console.print(to_table(rows, one, title))
+        console.print(to_table(rows, one, title), width=None if console.is_terminal else _WIDE, crop=False)
     for line in (*legend(rows, protocol), f"  machine: {described(known)}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     results = [result_of(row, net, str(model), str(weights or "")) for row in rows]

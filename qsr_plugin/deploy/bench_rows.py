@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -82,7 +83,7 @@ def to_table(rows: Sequence[Row], size: Size, title: str) -> Table:
     with_memory = any(row.memory for row in rows)
     plain = next((row.speeds[size].faster for row in rows if row.name == TORCH and size in row.speeds), None)
     with_torch = plain is not None
-    table = Table(title=Text(f"{title}, {size[0]}x{size[1]}"))
+    table = Table(title=Text(f"{title}, {size[0]}x{size[1]}"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("Variant", no_wrap=True)
     headings = [f"Speed against\n{REFERENCE}", *[f"against\n{TORCH}"] * with_torch, "\nms", "\nFile"]
     for heading in (*headings, *["\nMemory"] * with_memory, *(f"PSNR\n{test}" for test in tests)):

@@ -125,7 +125,7 @@ def export_onnx(
         steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
     if tail_images is not None and collapsed_tail(lowered) is None:
         why = steps[-1] if passes else "tail: nothing is collapsed without passes"
-        raise ExportError(f"there are images for an 8-bit tail, but {why}. Leave them out (--tail-images)")
+        raise ExportError(f"{why}; so no tail can compute in 8 bits, and images for it are of no use")
     tail = None if tail_images is None else quantize_tail(lowered, tail_images, signed=signed)
     steps += [] if tail is None else [str(tail)]
     kind, sides = type(lowered).__name__, _Sides.of(lowered)

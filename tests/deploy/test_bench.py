@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -137,13 +138,22 @@ def test_ratio_to_torch_is_a_quotient_of_medians(capsys: pytest.CaptureFixture[s
     Console(width=200).print(to_table(rows, size, "net [x]"))
     said = capsys.readouterr().out
     assert "net [x], 4x6" in said and "[least, most]" in legend(rows, Protocol((size,)))[0]
-    cells = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
-        for line in said.splitlines()
-        if "│" in line
-    }
+    lines = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
+    cells = {line[0]: line[1:] for line in lines if line}
     assert cells["openvino-int8"] == ["4.00 [3.00, 5.00]", "8.00", "250", "500 kB"]
     assert cells[REFERENCE][:3] == ["1.00", "2.00", "1000"] and cells["nncf"][0] == "-"
+
+
+def test_figures_are_whole_on_a_usual_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    size, quality = (540, 960), {"Urban100": SimpleNamespace(psnr=26.123)}
+    figures = Speed(0.2345, (4.12, 5.34)), Speed(1.2345, (0.512, 0.634))
+    names = ("openvino-int8-no-passes", "torch")
+    rows = [Row(name, {size: speed}, quality=quality, file_bytes=1_234_567) for name, speed in zip(names, figures)]
+    Console(width=80).print(to_table(rows, size, "EDSR x4, auto W8A8+"))
+    said = capsys.readouterr().out
+    assert "…" not in said and "4.73 [4.12, 5.34]" in said and "26.12" in said and "1.235 MB" in said
 
 
 @pytest.fixture
@@ -348,7 +358,7 @@ def test_a_tail_that_is_not_collapsed_has_no_row_in_8_bits(tiny_net, images, tmp
     pytest.importorskip("onnxscript")
     net = calibrate(quantize_model(tiny_net("SRResNet"), equal("pams", 4)), images)
     models = Models(net, float_network_of(net, None, tmp_path), tmp_path)
-    with pytest.raises(UserError, match="images for an 8-bit tail, but tail: not collapsed: .*Leave them out"):
+    with pytest.raises(UserError, match="tail: not collapsed: .*; so no tail can compute in 8 bits"):
         models.open("openvino-int8-tail", (12, 12))
 
 
