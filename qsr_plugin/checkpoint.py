@@ -238,8 +238,9 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
     content, metadata = read_file(path)
     if not {"backbone", "recipe", "format"} <= set(metadata):
         raise CheckpointError(
-            f"{path} has no recipe in it: it was not written by save_quantized. For float weights use "
-            "quantize_model(...) and load_float_weights; a training's net_g_*.pth needs its option file."
+            f"{path} has no recipe in it: it was not written by save_quantized. Of float weights 'qsr quantize FILE' "
+            "makes a quantized file (in Python: load_float_weights, quantize_model); a training's net_g_*.pth needs its "
+            "option file."
         )
     if metadata["format"] not in (str(FORMAT), str(PACKED_FORMAT)):
         raise CheckpointError(

@@ -27,6 +27,8 @@ from qsr_plugin.deploy.signal_stack import same_signal_stack
 IDENTICAL = 0.9999
 #: Below this PSNR in dB, and clearly below that of ONNX Runtime, an engine does not just round otherwise.
 LEAST_PSNR = 40.0
+#: Up to which side the smallest image is looked for that a model can take.
+LARGEST_LEAST = 64
 #: Largest difference of floating-point numbers, as a share of the largest of them.
 TOLERANCE = 1e-4
 
@@ -92,6 +94,37 @@ def compare(model: Any, net: nn.Module, batches: Sequence[tuple[int, tuple[int, 
         psnr=min(one.psnr for one in found),
         openvino=_openvino(model, net, batches[-1]),
     )
+
+
+def least_side(model: Any, net: nn.Module, minimum: int, multiple: int) -> int:
+    """The side from which on a model computes what PyTorch does.
+
+    Some networks treat small images in a way of their own, which a traced model does not follow. The side grows by a
+    quarter until images of this height and of this width agree.
+
+    Args:
+        model: ``onnx.ModelProto`` that agrees at usual sizes.
+        net: What it was made from, lowered.
+        minimum: Where to begin.
+        multiple: Of which sides have to be.
+
+    Raises:
+        ValueError: If there is no such side up to :data:`LARGEST_LEAST` pixels.
+    """
+    side = minimum
+    while side <= max(LARGEST_LEAST, minimum):
+        other = -(-max(LARGEST_LEAST, side) // multiple) * multiple
+        if all(_agrees(model, net, size) for size in ((side, side), (side, other), (other, side))):
+            return side
+        side += -(-max(side // 4, 1) // multiple) * multiple
+    raise ValueError(f"it disagrees with PyTorch on images with sides below {side} pixels")
+
+
+def _agrees(model: Any, net: nn.Module, size: tuple[int, int]) -> bool:
+    try:
+        return _compare(model, net, synthetic_images(1, size)).holds
+    except Exception:  # runtimes have kinds of their own for sizes that they cannot run
+        return False
 
 
 def _openvino(model: Any, net: nn.Module, batch: tuple[int, tuple[int, int]]) -> float | None:

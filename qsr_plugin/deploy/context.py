@@ -47,8 +47,9 @@ def measured_reach(engine: Engine) -> int | None:
     if 2 * reach < shared:
         return reach
     logger.warning(
-        "this network looks at more than %d pixels to each side, or at the whole image: tiles overlap by %d, and the "
-        "result may differ a little from that of the whole image (--overlap for another, --tile 0 for no tiles)",
+        "this network looks at more than %d pixels to each side, or at the whole image: tiles overlap by %d (at most "
+        "half a tile), and the result may differ a little from that of the whole image (--overlap for another, --tile "
+        "0 for no tiles)",
         shared // 2, WIDE,
     )  # fmt: skip
     return None

@@ -20,8 +20,9 @@ from qsr_plugin import __version__
 from qsr_plugin.atomic import check_writable, write_atomically
 from qsr_plugin.checkpoint import metadata_of
 from qsr_plugin.deploy.affine import fold_affine
-from qsr_plugin.deploy.collapsed import collapsed_tail, least_side
-from qsr_plugin.deploy.comparison import Agreement, compare
+from qsr_plugin.deploy.collapsed import collapsed_tail
+from qsr_plugin.deploy.collapsed import least_side as least_of_tail
+from qsr_plugin.deploy.comparison import Agreement, compare, least_side
 from qsr_plugin.deploy.engine import FORMAT, require
 from qsr_plugin.deploy.image_mean import fold_mean
 from qsr_plugin.deploy.lowering import lower
@@ -51,6 +52,7 @@ class ExportReport:
         dynamic: Whether height and width may vary.
         size: Height and width it was traced at, in LR pixels: the only ones if it is not dynamic.
         multiple: What heights and widths have to be a multiple of; ``qsr upscale`` pads to it.
+        minimum: Least height and width; ``qsr upscale`` pads smaller images.
         steps: What was rewritten, and what was not and why, a line each.
         float_layers: Layers whose quantized weight stays float, because it does not fit into bytes.
         agreement: With PyTorch.
@@ -62,6 +64,7 @@ class ExportReport:
     dynamic: bool
     size: tuple[int, int]
     multiple: int
+    minimum: int
     steps: tuple[str, ...]
     float_layers: tuple[str, ...]
     agreement: Agreement = field(repr=False)
@@ -73,6 +76,7 @@ class ExportReport:
             if self.multiple == 1
             else f"heights and widths that are multiples of {self.multiple}"
         )
+        any_size += f" from {self.minimum} pixels" if self.minimum > self.multiple else ""
         kind = any_size if self.dynamic else f"{self.size[0]}x{self.size[1]} pixels only"
         lines = [f"{self.path}: {self.bytes / 1e6:.2f} MB, ONNX opset {OPSET}, {kind}", *self.steps]
         if self.float_layers:
@@ -131,6 +135,11 @@ def export_onnx(
     kind, sides = type(lowered).__name__, _Sides.of(lowered)
     size = sides.fitting(input_size or TRACED)
     model, agreement, free = _traced(lowered, size, sides, passes, kind)
+    if free.sides:
+        try:
+            sides = replace(sides, minimum=least_side(model, lowered, sides.fitting((1, 1))[0], sides.multiple))
+        except ValueError as error:
+            raise ExportError(f"this {kind} was not exported: {error}. Run it with the torch engine") from None
     with torch.inference_mode():
         scale = lowered(torch.zeros(1, 3, *size)).shape[-1] // size[1]
     _describe(model, net, scale, sides, free)
@@ -145,6 +154,7 @@ def export_onnx(
         free.sides,
         size,
         sides.multiple,
+        sides.minimum,
         tuple(steps),
         lowered.float_weights,
         agreement,
@@ -163,11 +173,11 @@ class _Sides:
     def of(cls, net: nn.Module) -> _Sides:
         """Of a network that pads its input; in place, it does so no more, and the engine does it."""
         if getattr(net, "pad_square", True):
-            return cls(minimum=least_side(net))
+            return cls(minimum=least_of_tail(net))
         from qsr_plugin.archs.padding import without_padding
 
         without_padding(net)
-        return cls(net.pad_multiple, max(net.pad_minimum, least_side(net)))
+        return cls(net.pad_multiple, max(net.pad_minimum, least_of_tail(net)))
 
     def fitting(self, size: tuple[int, int]) -> tuple[int, int]:
         """The next larger height and width."""

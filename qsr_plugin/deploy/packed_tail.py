@@ -50,7 +50,7 @@ def collapse(net: nn.Module) -> None:
         CheckpointError: If that is not possible, with the reason.
     """
     if tail_in(net) is None and not (report := collapse_tail(net, ring=False)).applied:
-        raise CheckpointError(f"{report}. Save it without collapse (--collapse)")
+        raise CheckpointError(f"{report}. Leave out collapse (--collapse)")
 
 
 def described(tail: CollapsedTail, state: Mapping[str, Tensor]) -> str:

@@ -94,7 +94,9 @@ def collapse_tail(net: nn.Module, *, ring: bool = True) -> TailReport:
     names, macs = names[start:], sum(_macs(record, call) for call in chain)
     if after >= macs:
         return _refuse(
-            refused, f"one convolution would need {after:.0f} multiplications, {', '.join(names)} {macs:.0f}"
+            refused,
+            f"no gain, one convolution would need {after:.0f} multiplications per pixel, and {', '.join(names)} need "
+            f"{macs:.0f}",
         )
     modules = [call.module for call in chain]
     tail = _collapsed(modules, names, chain[0].input_shape[1], _scale(chain), radius, ring)

@@ -73,8 +73,8 @@ def check_tiles(engine: Engine, tile: int | None, overlap: int | None, batch: in
             f"tile is {tile}, but this model takes {engine.fixed[0]}x{engine.fixed[1]} pixels only: leave the tile "
             "out, or export the model with another --input-size"
         )
-    if tile is not None and tile < 1:
-        raise UserError(f"tile is {tile}; it must be 1 pixel or more")
+    if tile is not None and tile < engine.minimum:
+        raise UserError(f"tile is {tile}; this model takes {engine.minimum} pixel(s) to a side or more")
     side = min(engine.fixed) if engine.fixed is not None else tile
     if overlap is not None and (overlap < 0 or (side is not None and overlap >= side)):
         allowed = "0 or more" if side is None else f"0 to {side - 1} with tiles of {side} pixels"

@@ -71,7 +71,12 @@ def upscale(
     left, there = prepare(own, opened.scale, resume=resume, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"
     progress = (lambda items, what: track(items, what, console)) if first else no_progress
-    summary = upscale_files(opened, left, tiling, there=there, skip_broken=len(jobs) > 1, progress=progress)
+    try:
+        summary = upscale_files(opened, left, tiling, there=there, skip_broken=len(jobs) > 1, progress=progress)
+    except KeyboardInterrupt:
+        done = sum(job.target.exists() for job in own)
+        console.print(f"interrupted, {done} of {len(own)} done: the same command with --resume makes the others")
+        raise
     check_any_readable(jobs, own, summary.broken)
     console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
 

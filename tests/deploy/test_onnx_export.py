@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qsr_plugin.archs.quant_net_arch import build_backbone
 from qsr_plugin.archs.roles import list_backbones
 from torch import nn
 
 import qsr_plugin
 from qsr_plugin import calibrate, load_recipe, quantize_model
+from qsr_plugin.data.borders import pad_to
 from qsr_plugin.deploy.comparison import Agreement, _Forced, synthetic_images
 from qsr_plugin.deploy.engine import Engine, open_engine
 from qsr_plugin.deploy.lowering import LoweringError, lower
@@ -183,6 +185,28 @@ def test_every_backbone_takes_any_size(tiny_net, images, tmp_path: Path, backbon
         for size in ((21, 9), (7, 26)):
             image = synthetic_images(1, size).numpy()
             assert psnr(engine(image), output(net, image)) > 40
+
+
+def test_small_images_that_a_network_treats_otherwise(tiny_net, images, tmp_path: Path) -> None:
+    """Attention that extends features of less than 15 pixels: the file says so, and engines pad such images."""
+    net = quantized(
+        build_backbone({"type": "RLFN_qsr", "num_feat": 8, "num_block": 1, "esa_channels": 4}).eval(),
+        "percentile",
+        8,
+        images,
+    )
+    report = export_onnx(net, path := tmp_path / "net.onnx")
+    assert report.dynamic and 15 <= report.minimum <= 19 and f"from {report.minimum} pixels" in str(report)
+    for kind in ("openvino", "onnxruntime"):
+        engine = open_engine(path, kind, threads=1)
+        assert engine.minimum == report.minimum
+        large = synthetic_images(1, (21, 30)).numpy()
+        before = engine(large)
+        for size in ((1, 1), (14, 14), (3, 40)):
+            image = synthetic_images(1, size).numpy()
+            wanted = output(net, pad_to(torch.from_numpy(image), *(max(side, report.minimum) for side in size)).numpy())
+            assert psnr(engine(image), wanted[..., : 4 * size[0], : 4 * size[1]]) > 40
+        np.testing.assert_array_equal(engine(large), before)  # nothing is left of the small ones
 
 
 def test_bits_by_content_are_exported_at_one_width_on_request(edsr, images, tmp_path: Path) -> None:

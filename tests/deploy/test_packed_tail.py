@@ -91,12 +91,12 @@ def test_edsr_baseline_is_as_small_as_promised(images, tmp_path: Path, bits: int
     [
         ("MSRResNet", "minmax", r"'lrelu' \(LeakyReLU\) is not linear"),
         ("EDSR", "fqsr", r"'conv_last' \(\w+\) quantizes"),
-        ("RLFN", "minmax", "one convolution would need"),
+        ("RLFN", "minmax", "no gain, one convolution would need"),
     ],
 )
 def test_tails_that_are_none(tiny_net, images, tmp_path: Path, kind: str, recipe: str, words: str) -> None:
     net = calibrate(quantize_model(tiny_net(kind), equal(recipe, 4)), images)
-    with pytest.raises(CheckpointError, match=f"tail: not collapsed: {words}.*Save it without collapse"):
+    with pytest.raises(CheckpointError, match=f"tail: not collapsed: {words}.*Leave out collapse"):
         save_packed(net, tmp_path / "net.safetensors", collapse=True)
     assert not list(tmp_path.iterdir())
 
