@@ -239,8 +239,8 @@ def load_quantized(path: Union[str, Path]) -> nn.Module:
     if not {"backbone", "recipe", "format"} <= set(metadata):
         raise CheckpointError(
             f"{path} has no recipe in it: it was not written by save_quantized. Of float weights 'qsr quantize FILE' "
-            "makes a quantized file (in Python: load_float_weights, quantize_model); a training's net_g_*.pth needs its "
-            "option file."
+            "makes a quantized file (in Python: load_float_weights, quantize_model); a training's net_g_*.pth needs "
+            "its option file."
         )
     if metadata["format"] not in (str(FORMAT), str(PACKED_FORMAT)):
         raise CheckpointError(
