@@ -37,6 +37,10 @@ def report(
         Optional[Path], typer.Option(help="Folder of LR images: quantize one layer at a time and rank the damage.")
     ] = None,
     sensitivity_plot: Annotated[Optional[Path], typer.Option(help="Draw that ranking, .png or .svg.")] = None,
+    weights: Annotated[
+        Optional[Path],
+        typer.Option("--float", help="For --sensitivity: the float checkpoint that a tuned file was made from."),
+    ] = None,
     json: Annotated[Optional[Path], typer.Option(help="Write everything as JSON.")] = None,
 ) -> None:
     """What a network costs: MACs by layer, FAB, BitOPs, storage; with --test also PSNR, SSIM and the bits chosen."""
@@ -67,10 +71,11 @@ def report(
         raise typer.BadParameter(f"--test needs weights: give a quantized .safetensors instead of '{model}'")
     if patch is None and (overlap or batch != 1):
         raise typer.BadParameter("--overlap and --batch are of patches: give --patch as well, e.g. --patch 96")
-    sensitivity_cli.check(sensitivity, sensitivity_plot, trained)
+    sensitivity_cli.check(sensitivity, sensitivity_plot, trained, weights)
     cut = {"size": patch, "overlap": overlap, "last": last, "batch": batch}
     patches = None if patch is None else PatchOptions.read(cut, "patches")
     net = set_depth(load_quantized(model) if trained else _network_of_file(model), depth)
+    ranked = None if sensitivity is None else sensitivity_cli.measured_network(net, weights, model)
     scores, bits = {}, None
     if test is not None:
         scale = scale_of(net.backbone_options)
@@ -85,7 +90,7 @@ def report(
     console.print(summary_table(costs, scores))
     if by_depth:
         console.print(depth_table(by_depth))
-    damage = None if sensitivity is None else sensitivity_cli.run(net, sensitivity, sensitivity_plot, console)
+    damage = None if sensitivity is None else sensitivity_cli.run(ranked, sensitivity, sensitivity_plot, console)
     if json is not None:
         details = {"depths": [one.to_dict() for one in by_depth]} if by_depth else {}
         details |= {} if damage is None else {"sensitivity": damage}

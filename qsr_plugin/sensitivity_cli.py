@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Optional
 
@@ -9,19 +10,21 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from qsr_plugin.errors import UserError
 from qsr_plugin.progress import track
 
 
-def check(folder: Optional[Path], plot: Optional[Path], trained: bool) -> None:
+def check(folder: Optional[Path], plot: Optional[Path], trained: bool, weights: Optional[Path] = None) -> None:
     """Refuse options that cannot be served before any work is done.
 
     Args:
         folder: ``--sensitivity``.
         plot: ``--sensitivity-plot``.
         trained: Whether the network comes with weights and ranges.
+        weights: ``--float``.
 
     Raises:
-        typer.BadParameter: For a picture without a measurement, or a network without weights.
+        typer.BadParameter: For a picture or float weights without a measurement, or a network without weights.
         ValueError: For a folder without images, or a picture that is neither .png nor .svg.
     """
     from qsr_plugin.data.images import list_images
@@ -32,12 +35,41 @@ def check(folder: Optional[Path], plot: Optional[Path], trained: bool) -> None:
             raise typer.BadParameter(
                 "--sensitivity-plot draws what --sensitivity FOLDER measures: give a folder of LR images as well"
             )
+        if weights is not None:
+            raise typer.BadParameter("--float is for --sensitivity FOLDER: give a folder of LR images as well")
         return
     if not trained:
         raise typer.BadParameter("--sensitivity needs weights and ranges: give a quantized .safetensors")
     list_images(folder)
     if plot is not None:
         check_ending(plot)
+
+
+def measured_network(net: nn.Module, weights: Optional[Path], model: Path) -> nn.Module:
+    """The network whose layers are ranked: ``net``, or a copy of it with the float weights it was made from.
+
+    Args:
+        net: Quantized and calibrated; not changed.
+        weights: Float checkpoint.
+        model: File of ``net``.
+
+    Raises:
+        UserError: If its weights were tuned together with its quantizers, and there are no others; or if these do not
+            fit.
+    """
+    tuned = net.recipe.tuning is not None and any("weights" in stage.train for stage in net.recipe.stages)
+    if weights is None:
+        if tuned:
+            raise UserError(
+                f"{model}: its weights were tuned together with its quantizers, and are no float network without them. "
+                "Give the checkpoint it was made from: --float WEIGHTS"
+            )
+        return net
+    from qsr_plugin.deploy.bench_variants import float_network_of
+
+    copy = deepcopy(net)
+    copy.load_state_dict(float_network_of(net, weights, model).state_dict(), strict=False)
+    return copy
 
 
 def run(net: nn.Module, folder: Path, plot: Optional[Path], console: Console) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from qsr_plugin import calibrate, cli, load_recipe, quantize_model, report_cli, save_quantized
+from qsr_plugin import calibrate, cli, load_quantized, load_recipe, quantize_model, report_cli, save_quantized
+from qsr_plugin.checkpoint import save_torch
 from qsr_plugin.quant.quantizer import NotCalibratedError
 from qsr_plugin.quant.record import only_places
 from qsr_plugin.report import sensitivity as measuring
@@ -236,6 +237,30 @@ def test_command(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert found["images"] == 2 and len(found["sites"]) == 4 and sum(s["share"] for s in found["sites"]) > 0.999
     report(monkeypatch, model, "--size", "12x20", "--json", tmp_path / "r.json")
     assert "sensitivity" not in json.loads((tmp_path / "r.json").read_text())["details"]
+
+
+def test_tuned_weights_are_no_float_network(model: Path, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """What tuning made of the weights is replaced by those of the checkpoint; the ranges are those of the file."""
+    from qsr_plugin.archs.quant_net_arch import QuantNet, build_backbone
+
+    torch.manual_seed(0)
+    backbone = load_quantized(model).backbone_options
+    float_net = build_backbone(backbone)
+    save_torch({"params": float_net.state_dict()}, tmp_path / "float.pth")
+    net = QuantNet(backbone, load_recipe("auto", weight_bits=4, act_bits=4, fragile=None))
+    net.load_state_dict(float_net.state_dict(), strict=False)
+    wanted = sensitivity(calibrate(net, torch.rand(2, 3, 8, 8)), folder)
+    with torch.no_grad():
+        for site in net.body.modules():
+            if isinstance(site, torch.nn.Conv2d):
+                site.weight *= 30
+    save_quantized(net, tmp_path / "tuned.safetensors")
+    given = (tmp_path / "tuned.safetensors", "--size", "12x20", "--sensitivity", folder)
+    assert "were tuned together with its quantizers" in report(monkeypatch, *given, fails=True)
+    report(monkeypatch, *given, "--float", tmp_path / "float.pth", "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())["details"]["sensitivity"]
+    assert found["psnr"] == pytest.approx(wanted.psnr, abs=1e-3) and found["sites"][0]["name"] == wanted.sites[0].name
+    assert "--float is for --sensitivity" in report(monkeypatch, model, "--float", tmp_path / "float.pth", fails=True)
 
 
 def test_command_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path, monkeypatch) -> None:
