@@ -96,7 +96,7 @@ def compare(model: Any, net: nn.Module, batches: Sequence[tuple[int, tuple[int, 
     )
 
 
-def least_side(model: Any, net: nn.Module, minimum: int, multiple: int) -> int:
+def least_agreeing_side(model: Any, net: nn.Module, minimum: int, multiple: int) -> int:
     """The side from which on a model computes what PyTorch does.
 
     Some networks treat small images in a way of their own, which a traced model does not follow. The side grows by a

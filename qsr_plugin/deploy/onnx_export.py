@@ -20,9 +20,8 @@ from qsr_plugin import __version__
 from qsr_plugin.atomic import check_writable, write_atomically
 from qsr_plugin.checkpoint import metadata_of
 from qsr_plugin.deploy.affine import fold_affine
-from qsr_plugin.deploy.collapsed import collapsed_tail
-from qsr_plugin.deploy.collapsed import least_side as least_of_tail
-from qsr_plugin.deploy.comparison import Agreement, compare, least_side
+from qsr_plugin.deploy.collapsed import collapsed_tail, least_side
+from qsr_plugin.deploy.comparison import Agreement, compare, least_agreeing_side
 from qsr_plugin.deploy.engine import FORMAT, require
 from qsr_plugin.deploy.image_mean import fold_mean
 from qsr_plugin.deploy.lowering import lower
@@ -137,7 +136,9 @@ def export_onnx(
     model, agreement, free = _traced(lowered, size, sides, passes, kind)
     if free.sides:
         try:
-            sides = replace(sides, minimum=least_side(model, lowered, sides.fitting((1, 1))[0], sides.multiple))
+            sides = replace(
+                sides, minimum=least_agreeing_side(model, lowered, sides.fitting((1, 1))[0], sides.multiple)
+            )
         except ValueError as error:
             raise ExportError(f"this {kind} was not exported: {error}. Run it with the torch engine") from None
     with torch.inference_mode():
@@ -173,11 +174,11 @@ class _Sides:
     def of(cls, net: nn.Module) -> _Sides:
         """Of a network that pads its input; in place, it does so no more, and the engine does it."""
         if getattr(net, "pad_square", True):
-            return cls(minimum=least_of_tail(net))
+            return cls(minimum=least_side(net))
         from qsr_plugin.archs.padding import without_padding
 
         without_padding(net)
-        return cls(net.pad_multiple, max(net.pad_minimum, least_of_tail(net)))
+        return cls(net.pad_multiple, max(net.pad_minimum, least_side(net)))
 
     def fitting(self, size: tuple[int, int]) -> tuple[int, int]:
         """The next larger height and width."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from torch import nn
 
-from qsr_plugin import calibrate, quantize_model
+from qsr_plugin import calibrate, load_recipe, quantize_model, save_quantized
 from tests.recipes import equal, shipped
 
 
@@ -21,3 +22,14 @@ def quantized(tiny_net, images) -> Callable[..., nn.Module]:
         return calibrate(quantize_model(plain, recipe), images).eval()
 
     return build
+
+
+@pytest.fixture
+def model_of_depths(tmp_path: Path, tiny_net, images) -> Path:
+    """``net.safetensors``: a calibrated network of two blocks, either of which can be left out."""
+    recipe = load_recipe({"base": "percentile", "depth": {"role": "block"}}, weight_bits=8, act_bits=8)
+    net = calibrate(quantize_model(tiny_net("EDSR", num_block=2), recipe), images)
+    for index, block in enumerate(module for module in net.modules() if hasattr(module, "shortcut_scale")):
+        block.shortcut_scale.data.fill_(0.5 + index)
+    save_quantized(net.eval(), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from qsr_plugin import calibrate, load_quantized, load_recipe, quantize_model, save_quantized, slim
+from qsr_plugin import load_quantized, save_quantized, slim
 from qsr_plugin.cli import app
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.image_io import read_picture
@@ -58,17 +58,7 @@ def test_networks_that_do_not_fit_together() -> None:
         with_shallower([nearest_engine(fixed=(8, 8)), nearest_engine()])
 
 
-@pytest.fixture
-def model(tmp_path: Path, tiny_net, images) -> Path:
-    recipe = load_recipe({"base": "percentile", "depth": {"role": "block"}}, weight_bits=8, act_bits=8)
-    net = calibrate(quantize_model(tiny_net("EDSR", num_block=2), recipe), images)
-    for index, block in enumerate(module for module in net.modules() if hasattr(module, "shortcut_scale")):
-        block.shortcut_scale.data.fill_(0.5 + index)
-    save_quantized(net.eval(), tmp_path / "net.safetensors")
-    return tmp_path / "net.safetensors"
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch, model_of_depths: Path, tmp_path: Path) -> None:
     """The flat half of an image is that of one block, the other half that of two."""
     monkeypatch.setenv("COLUMNS", "400")
     picture = np.concatenate([np.full((16, 16, 3), 90, np.uint8), noise(16, 16)], 1)
@@ -76,7 +66,19 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Pat
 
     def made(depth: str) -> np.ndarray:
         out = tmp_path / f"{depth}.png"
-        given = [tmp_path / "in.png", "-o", out, "--model", model, "--tile", 16, "--overlap", 0, "--depth", depth]
+        given = [
+            tmp_path / "in.png",
+            "-o",
+            out,
+            "--model",
+            model_of_depths,
+            "--tile",
+            16,
+            "--overlap",
+            0,
+            "--depth",
+            depth,
+        ]
         done = CliRunner().invoke(app, ["upscale", *map(str, given)])
         assert done.exit_code == 0, done.output
         return read_picture(out).rgb
@@ -86,7 +88,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Pat
     np.testing.assert_array_equal(both, np.concatenate([shallow[:, :32], deep[:, 32:]], 1))
     files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     for blocks, path in enumerate(files, 1):
-        save_quantized(slim(load_quantized(model), blocks), path)
+        save_quantized(slim(load_quantized(model_of_depths), blocks), path)
     given = [tmp_path / "in.png", "-o", tmp_path / "files.png", "--tile", 16, "--overlap", 0]
     done = CliRunner().invoke(app, ["upscale", *map(str, given), "--model", str(files[0]), "--model", str(files[1])])
     assert done.exit_code == 0, done.output
@@ -104,7 +106,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Pat
     ],
 )
 def test_depths_that_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    monkeypatch: pytest.MonkeyPatch, model_of_depths: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_png(tmp_path / "in.png", noise(8, 8))

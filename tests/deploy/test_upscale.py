@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qsr_plugin import calibrate, load_recipe, quantize_model, save_quantized, set_depth
+from qsr_plugin import set_depth
 from qsr_plugin.cli import app
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.image_io import read_picture
@@ -50,17 +50,6 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_net, images) -> Path:
-    """A calibrated network of two blocks, either of which can be left out."""
-    recipe = load_recipe({"base": "percentile", "depth": {"role": "block"}}, weight_bits=8, act_bits=8)
-    net = calibrate(quantize_model(tiny_net("EDSR", num_block=2), recipe), images)
-    for index, block in enumerate(module for module in net.modules() if hasattr(module, "shortcut_scale")):
-        block.shortcut_scale.data.fill_(0.5 + index)
-    save_quantized(net.eval(), tmp_path / "net.safetensors")
-    return tmp_path / "net.safetensors"
-
-
-@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run ``qsr upscale`` in a wide terminal; what a user can mend is the exception of the result."""
     monkeypatch.setenv("COLUMNS", "400")
@@ -79,12 +68,14 @@ def whole_run(photos: Path, out: Path, engine: Engine, **keep: bool):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_with_a_broken_image(run, photos: Path, model: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_broken_image(run, photos: Path, model_of_depths: Path, tmp_path: Path) -> None:
     write_png(photos / "фото.png", noise(5, 5))
     Image.fromarray(noise(6, 8)[..., 0]).save(photos / "gray.jpg")
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
     out = tmp_path / "out"
-    done = run(photos, "-o", out, "--model", model, "--tile", 8, "--overlap", 4, "--batch", 2, "--suffix", "_x2")
+    done = run(
+        photos, "-o", out, "--model", model_of_depths, "--tile", 8, "--overlap", 4, "--batch", 2, "--suffix", "_x2"
+    )
     assert done.exit_code == 0, done.output
     assert re.search(
         r"torch x2: 5 image\(s\) in \d+\.\d s, \d+\.\d\d megapixels/s; 1 skipped.*broken\.png", done.output
@@ -99,16 +90,16 @@ def test_a_folder_with_a_broken_image(run, photos: Path, model: Path, tmp_path: 
     }
 
 
-def test_one_image_into_a_file_at_two_depths(run, photos: Path, model: Path, tmp_path: Path) -> None:
+def test_one_image_into_a_file_at_two_depths(run, photos: Path, model_of_depths: Path, tmp_path: Path) -> None:
     from qsr_plugin import load_quantized
 
     for depth in (2, 1):
         out = tmp_path / f"{depth}.png"
-        done = run(photos / "a.png", "-o", out, "--model", model, "--tile", 0, "--depth", depth)
+        done = run(photos / "a.png", "-o", out, "--model", model_of_depths, "--tile", 0, "--depth", depth)
         assert done.exit_code == 0, done.output
         x = torch.from_numpy(noise(9, 12).transpose(2, 0, 1) / np.float32(255))[None]
         with torch.no_grad():
-            wanted = set_depth(load_quantized(model), depth)(x)[0].clamp(0, 1) * 255
+            wanted = set_depth(load_quantized(model_of_depths), depth)(x)[0].clamp(0, 1) * 255
         found = pixels_of(out)[..., ::-1].transpose(2, 0, 1)
         assert np.abs(found - wanted.numpy()).max() <= 1.5
     assert (pixels_of(tmp_path / "1.png") != pixels_of(tmp_path / "2.png")).any()
@@ -126,21 +117,21 @@ def test_onnx_files_run(run, photos: Path, tmp_path: Path) -> None:
     assert isinstance(refused.exception, UserError) and "--depth is for quantized" in str(refused.exception)
 
 
-def test_a_single_broken_image_is_an_error(run, photos: Path, model: Path, tmp_path: Path) -> None:
+def test_a_single_broken_image_is_an_error(run, photos: Path, model_of_depths: Path, tmp_path: Path) -> None:
     (photos / "a.png").write_bytes(b"")
-    done = run(photos / "a.png", "-o", tmp_path / "out", "--model", model)
+    done = run(photos / "a.png", "-o", tmp_path / "out", "--model", model_of_depths)
     assert isinstance(done.exception, ValueError) and "a.png: is empty" in str(done.exception)
 
 
-def test_nothing_readable_is_an_error(run, photos: Path, model: Path, tmp_path: Path) -> None:
+def test_nothing_readable_is_an_error(run, photos: Path, model_of_depths: Path, tmp_path: Path) -> None:
     for path in photos.iterdir():
         path.write_bytes(b"")
-    done = run(photos, "-o", tmp_path / "out", "--model", model)
+    done = run(photos, "-o", tmp_path / "out", "--model", model_of_depths)
     assert isinstance(done.exception, UserError) and "none of 3 images" in str(done.exception)
 
 
-def test_impossible_tiles_are_refused_before_work(run, photos: Path, model: Path, tmp_path: Path) -> None:
-    done = run(photos, "-o", tmp_path / "out", "--model", model, "--tile", 16, "--overlap", 16)
+def test_impossible_tiles_are_refused_before_work(run, photos: Path, model_of_depths: Path, tmp_path: Path) -> None:
+    done = run(photos, "-o", tmp_path / "out", "--model", model_of_depths, "--tile", 16, "--overlap", 16)
     assert isinstance(done.exception, UserError) and "overlap is 16; it must be 0 to 15" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
@@ -320,7 +311,7 @@ def test_a_process_judges_by_its_own_share(photos: Path, tmp_path: Path) -> None
 
 
 def test_two_processes_make_all_results(
-    run, photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run, photos: Path, model_of_depths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One after the other, in the environment that torchrun sets; the image of one is broken."""
     (photos / "b.png").write_bytes(b"")
@@ -328,7 +319,7 @@ def test_two_processes_make_all_results(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank, said in (("0", "2 image(s)"), ("1", "0 image(s)")):
         monkeypatch.setenv("RANK", rank)
-        done = run(photos, "-o", tmp_path / "out", "--model", model)
+        done = run(photos, "-o", tmp_path / "out", "--model", model_of_depths)
         assert done.exit_code == 0 and said in done.output, done.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
