@@ -11,6 +11,7 @@ from typing import Any, Union
 
 import yaml
 
+from qsr_plugin import compat
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.quant.recipe import load_recipe
 
@@ -187,6 +188,11 @@ def arch_options(arch: str) -> dict[str, Any]:
         path = options_folder() / "backbones" / f"{arch}.yml"
         if not path.is_file():
             names = [shipped.stem for shipped in path.parent.glob("*.yml")]
+            if arch in compat.import_host("basicsr.utils.registry").ARCH_REGISTRY:
+                raise OptionsError(
+                    f"'{arch}' is the class of a network, whose arguments are not known: give a .yml file with "
+                    f"network_g: {{type: {arch}, ...}}, its arguments beside the type"
+                )
             raise OptionsError(f"unknown backbone '{arch}'. {suggest(arch, names)} Or give a .yml file.")
     options = assemble(path)
     if not options.get("network_g"):

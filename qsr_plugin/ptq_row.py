@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 from qsr_plugin import compat
 from qsr_plugin.data.images import list_images
+from qsr_plugin.own_modules import import_own
 from qsr_plugin.report.result_schema import (
     FLOAT,
     CalibrationImages,
@@ -65,6 +66,7 @@ class Job:
         bits: Like ``W4A4``.
         placement: Key of the recipe's placements.
         crops: What the ranges are found on.
+        imports: Files or modules of the user that register the network.
     """
 
     network: str
@@ -79,6 +81,7 @@ class Job:
     bits: str = ""
     placement: str = ""
     crops: Optional[Crops] = None
+    imports: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; :meth:`read` reads it back."""
@@ -92,14 +95,16 @@ class Job:
     def origin(self) -> dict[str, Any]:
         """What its row is made from, as plain data: contents instead of names and paths.
 
-        Folders are told by names and sizes of their images, weights by their content.
+        Folders are told by names and sizes of their images, weights and files of the user by their content.
 
         Raises:
             ValueError: For a folder without images.
             OSError: If the weights cannot be read.
         """
         data = self.to_dict()
-        del data["network"], data["method"]
+        del data["network"], data["method"], data["imports"]
+        if self.imports:
+            data["imports"] = [_digest_of_file(one) if Path(one).is_file() else one for one in self.imports]
         data["weights"] = _digest_of_file(self.weights)
         data["tests"] = {name: [_digest_of_folder(one) for one in pair] for name, pair in self.tests.items()}
         if self.crops is not None:
@@ -219,6 +224,8 @@ def main(job_file: str, row_file: str) -> None:
     compat.import_host()
     job = Job.read(json.loads(Path(job_file).read_text("utf-8")))
     try:
+        for name in job.imports:
+            import_own(name)
         row = make_row(job)
     except Exception as error:  # whatever it is, the table says it
         traceback.print_exc()

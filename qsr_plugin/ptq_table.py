@@ -133,6 +133,7 @@ def plan(
     tests: Callable[[Network], Mapping[str, tuple[Path, Path]]],
     threads: int,
     device: str = "cpu",
+    imports: Sequence[str] = (),
 ) -> list[Job]:
     """All rows of a table in their order: by network, the float one first, then by bits, placement and method.
 
@@ -145,6 +146,7 @@ def plan(
         tests: Test sets of a network: name to folders, high and low resolution.
         threads: CPU threads of every row.
         device: Where networks run.
+        imports: Files or modules of the user that register networks, for the processes that make the rows.
 
     Raises:
         UserError: For impossible bits, or networks of one name.
@@ -157,11 +159,11 @@ def plan(
     for network in networks:
         folders = {name: (str(hr), str(lr)) for name, (hr, lr) in tests(network).items()}
         shared = (network.name, network.backbone, str(network.weights), network.scale, folders, threads, device)
-        jobs.append(Job(*shared))
+        jobs.append(Job(*shared, imports=imports))
         for width in bits:
             for placement in placements:
                 for name, recipe in methods.items():
-                    jobs.append(Job(*shared, name, recipe, width, placement, crops(network)))
+                    jobs.append(Job(*shared, name, recipe, width, placement, crops(network), imports=imports))
     return jobs
 
 

@@ -89,6 +89,7 @@ def quantize(
     told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
     console.print(told, highlight=False, markup=False)
     _check_fits(network.net, recipe)
+    _tell_guessed(network.net)
     tests = _test_sets(test or [], network.scale)
     check_quantized_path(out)
     used: list[str] = []
@@ -152,6 +153,21 @@ def _check_fits(float_net: Any, recipe: Any) -> None:
     from qsr_plugin import quantize_model
 
     quantize_model(deepcopy(float_net), recipe)
+
+
+def _tell_guessed(net: Any) -> None:
+    """Which layers are taken for head, upsampler and tail, where no role table says it."""
+    from qsr_plugin.quant.places import guessed_roles
+    from qsr_plugin.report.layers import brief_names
+
+    if not (roles := guessed_roles(net)):
+        return
+    named = {role: ", ".join(brief_names(roles.get(role, ()))) for role in ("head", "upsampler", "tail")}
+    ends = "; ".join(f"{role} {names}" for role, names in named.items() if names)
+    console.print(
+        f"{type(net).__name__} has no role table. Guessed from a run: {ends}; the body is the other "
+        f"{len(roles.get('block.conv', ()))} layers", highlight=False, markup=False,
+    )  # fmt: skip
 
 
 def _test_sets(folders: list[Path], scale: int) -> dict[str, tuple[Path, Path]]:

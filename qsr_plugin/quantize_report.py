@@ -124,10 +124,12 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
             f"{settings.label}: the + is for more bits at {len(made.fragile)} fragile places", highlight=False
         )
     likeness = _likeness(nets, crops)
-    console.print(f"output on calibration images: {likeness:.1f} dB from the float network's", highlight=False)
+    console.print(
+        f"PSNR of its output against the float network's, on calibration images: {likeness:.1f} dB", highlight=False
+    )
     if likeness < _ALIKE:
         console.print(
-            f"warning: that is far, {_ALIKE:.0f} dB and more are usual. Try more bits (--bits W8A8, W4A8), --method "
+            f"warning: that is low, {_ALIKE:.0f} dB and more are usual. Try more bits (--bits W8A8, W4A8), --method "
             "auto, or more images like those the network is for", style="yellow", highlight=False,
         )  # fmt: skip
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
@@ -241,7 +243,7 @@ def _page(
         "Calibrated on": f"{len(settings.images)} {'photos, reduced' if settings.photos else 'images'}, "
         f"from {settings.folder}: {few}",
         "Seed": str(settings.seed),
-        "Output on calibration images": f"{likeness:.1f} dB from the float network's",
+        "PSNR against the float network's output": f"{likeness:.1f} dB, on calibration images",
         "Versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
         "Model": str(settings.out),
     }

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
@@ -89,9 +89,12 @@ def check_before_start(options: dict[str, Any]) -> None:
     if network["type"] == "QuantNet":
         from qsr_plugin.archs.quant_net_arch import QuantNet
         from qsr_plugin.losses.build import build_step_losses
+        from qsr_plugin.models.teaching import require_float_weights
 
         recipe = QuantNet(network["backbone"], network["recipe"]).recipe
-        build_step_losses(recipe.losses)
+        losses = build_step_losses(recipe.losses)
+        if "train" in options:
+            require_float_weights(options, recipe, losses.values())
     for key, value in options["path"].items():
         if key.startswith("pretrain_network") and value:
             read_file(value)
@@ -218,6 +221,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
         SystemExit: With a message, for anything the user can mend.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    options: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
             own, flags = own_arguments(sys.argv[1:] if argv is None else argv)
@@ -234,10 +238,18 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
     except (UserError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        hint = "; --auto_resume goes on from the newest saved state, if there is one" if pipeline == "train" else ""
-        sys.stderr.write(f"interrupted{hint}\n")
+        sys.stderr.write(f"interrupted{_how_to_go_on(options) if pipeline == 'train' and options else ''}\n")
         raise SystemExit(_INTERRUPTED) from None
     leave_process_group()
+
+
+def _how_to_go_on(options: Mapping[str, Any]) -> str:
+    states = Path("experiments", options["name"], "training_states").glob("*.state")
+    saved = max((int(path.stem) for path in states if path.stem.isdigit()), default=0)
+    if saved:
+        return f"; --auto_resume goes on from iteration {saved:,}, the newest saved state"
+    every = (options.get("logger") or {}).get("save_checkpoint_freq")
+    return f"; no state is saved yet, so it starts anew (logger.save_checkpoint_freq is {every})"
 
 
 def leave_process_group() -> None:

@@ -26,6 +26,7 @@ from rich.console import Console
 from qsr_plugin import compat, ptq_table
 from qsr_plugin.checkpoint import write_atomically
 from qsr_plugin.errors import UserError
+from qsr_plugin.own_modules import import_own
 from qsr_plugin.progress import track
 from qsr_plugin.ptq_row import Crops
 from qsr_plugin.quantize_cli import SeveralTests
@@ -65,11 +66,17 @@ def main(
     ] = max((os.cpu_count() or 1) // 2, 1),
     device: Annotated[str, typer.Option(help="Where networks run: cpu, cuda, cuda:1.")] = "cpu",
     retry: Annotated[bool, typer.Option("--retry", help="Make rows again that failed.")] = False,
+    imports: Annotated[
+        Optional[list[str]],
+        typer.Option("--import", metavar="FILE.py", help="Your file that registers networks. Repeatable."),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write ptq.html as well.")] = False,
 ) -> None:
     """Make a table of post-training methods on the same crops with the same seed; what is there is not made again."""
     compat.import_host()
     try:
+        for name in imports or ():
+            import_own(name)
         if (images is None) == (photos is None):
             raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
         if (data is None) == (not test):
@@ -86,6 +93,7 @@ def main(
             tests=lambda one: named or ptq_table.sets_in(data.resolve(), sets.split(","), one.scale),
             threads=threads,
             device=device,
+            imports=imports or (),
         )
         kind = "LR images or all there are" if images else "HR photos or all there are"
         about = [
@@ -101,12 +109,17 @@ def main(
         sys.exit(1)
     if html:
         write_atomically(out / "ptq.html", lambda path: path.write_text(to_html(rows, about), "utf-8"))
+    plots = 0
     for name, own in networks_of(rows).items():
         Console(width=None if console.is_terminal else _WIDE).print(to_table(own, name))
         for one in tests_of([row for row in own if row.method != FLOAT]):
             ptq_plot(own, one, out / f"ptq_{name}_{one}.png", title=name)
-    written = f"ptq.json, ptq.md, ptq.csv{', ptq.html' if html else ''} and plots"
-    console.print(f"wrote {written} to {out}", markup=False, soft_wrap=True)
+            plots += 1
+    written = ["ptq.json", "ptq.md", "ptq.csv", *(["ptq.html"] if html else []), *([f"{plots} plots"] if plots else [])]
+    console.print(f"wrote {', '.join(written)} to {out}", markup=False, soft_wrap=True)
+    if failed := sum(row.failed for row in rows):
+        told = f"{failed} row(s) failed, see {out / 'logs'}; they are made again only with --retry"
+        console.print(told, style="yellow", markup=False, soft_wrap=True)
 
 
 def named_tests(folders: list[Path]) -> dict[str, tuple[Path, Path]]:

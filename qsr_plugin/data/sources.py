@@ -42,7 +42,9 @@ class FolderSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise ValueError(f"looked for a folder of images, found {'a file' if path.exists() else 'nothing'}.")
+            found = "a file" if path.exists() else "nothing"
+            where = "" if path.is_absolute() else f" Relative paths begin in the current folder, {Path.cwd()}."
+            raise ValueError(f"looked for a folder of images, found {found}: correct the path.{where}")
         self.names = sorted(
             entry.name for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")
         )

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsr_plugin import checkpoint
 from qsr_plugin.archs.quant_net_arch import build_backbone
+from qsr_plugin.losses.context import StepLoss
 from qsr_plugin.options_file import OptionsError
 from qsr_plugin.quant.record import ForwardRecord
 from qsr_plugin.quant.reduce import copy_from_first
+from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import tap
 
 logger = logging.getLogger("basicsr")
 
 #: File in the folder of a run's models that holds a teacher which could not be made again when the run is resumed.
 TEACHER_FILE = "teacher.safetensors"
+
+
+def require_float_weights(opt: Mapping[str, Any], recipe: Recipe, losses: Iterable[StepLoss]) -> None:
+    """Check that the options of a training give the weights of its teacher.
+
+    Args:
+        opt: Options of the training.
+        recipe: Its recipe.
+        losses: Those of the recipe, built.
+
+    Raises:
+        OptionsError: If a loss of the recipe compares with the float network, and there are no float weights.
+    """
+    names = [type(loss).__name__ for loss in losses if loss.needs_teacher]
+    if names and recipe.teacher == "float" and not opt["path"].get("pretrain_network_float"):
+        raise OptionsError(f"path.pretrain_network_float is needed: {', '.join(names)} compares with the float network")
 
 
 class Teaching:
@@ -47,12 +67,9 @@ class Teaching:
         return teacher.to(self.device).eval().requires_grad_(False)
 
     def _float_teacher(self) -> nn.Module:
-        path = self.opt["path"].get("pretrain_network_float")
-        if not path:
-            names = ", ".join(spec.type for spec in self.recipe.losses)
-            raise OptionsError(f"path.pretrain_network_float is needed: {names} compares with the float network")
+        require_float_weights(self.opt, self.recipe, self.losses.values())
         teacher = build_backbone(self.opt["network_g"]["backbone"])
-        checkpoint.load_float_weights(teacher, path)
+        checkpoint.load_float_weights(teacher, self.opt["path"]["pretrain_network_float"])
         return teacher
 
     def _quantized_teacher(self) -> nn.Module:

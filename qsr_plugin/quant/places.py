@@ -43,8 +43,17 @@ def roles_of(net: nn.Module) -> RoleTable:
     Raises:
         LayerTraceError: If there is no table, and the network takes no small image.
     """
-    if (table := _table_of(net)) is not None:
-        return table
+    return guessed_roles(net) if (table := _table_of(net)) is None else table
+
+
+def guessed_roles(net: nn.Module) -> Optional[RoleTable]:
+    """What the structure of a network without a role table shows; ``None`` for one with a table.
+
+    Raises:
+        LayerTraceError: If the network takes no small image.
+    """
+    if _table_of(net) is not None:
+        return None
     found = net.__dict__.get("found_roles")
     if found is None or not _names_in(found) <= {name for name, _ in net.named_modules()}:
         found = net.__dict__["found_roles"] = dict(generic_roles(net))
@@ -130,7 +139,7 @@ def find_places(net: nn.Module, recipe: Recipe) -> list[Place]:
     for number, rule in enumerate(recipe.rules):
         for place in _places_of_rule(index, roles, recipe, rule, number, type(net).__name__):
             key = (place.name, place.port)
-            if key in chosen:
+            if key in chosen and rule.match != place.name:
                 later[key] = f"{place.name}.{place.port} (rule {number} instead of {chosen[key].rule})"
             chosen[key] = place
     if later:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from qsr_plugin.report.result_io import read_table
 from tests.host import harness
 from tests.host.test_other_project import TOY_ARCH
 
@@ -37,9 +38,33 @@ def test_a_network_of_the_user_is_quantized_and_reported(project: Path) -> None:
     made = qsr(project, *own, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos", "--method", "minmax")
     assert made.returncode == 0, made.stderr
     assert "2 of 4 layers at W4A4" in made.stdout
+    guessed = "ToyNet has no role table. Guessed from a run: head head; tail tail.0; the body is the other 2 layers"
+    assert guessed in made.stdout
     for form in (own, ("--import", "my_networks")):
         told = qsr(project, *form, "report", "t_minmax_w4a4.safetensors")
         assert told.returncode == 0 and "ToyNet" in told.stdout, told.stderr
+
+
+def test_a_network_of_the_user_in_a_table_of_methods(project: Path) -> None:
+    sizes = ["--photos", "photos", "--crop", "8", "--method", "minmax,percentile", "--bits", "W8A8", "-o", "table"]
+    for name, side in (("HR", 32), ("LR", 16)):
+        harness.write_photos(project / "set" / name, 2, side=side)
+    tool = Path(__file__).resolve().parents[2] / "tools" / "ptq_table.py"
+    made = harness.run(
+        [str(tool), "--import", "my_networks.py", "--net", "toy.yml:t.pth", "--placement", "body", *sizes, "--threads", "1",
+         "--test", "set/HR", "set/LR"], project, COLUMNS="160",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    rows = read_table(project / "table" / "ptq.json").rows
+    assert [row.method for row in rows] == ["float", "minmax", "percentile"]
+    assert all(row.quality and not row.note for row in rows) and "failed" not in made.stdout
+    unknown = harness.run([str(tool), "--net", "ToyNet:t.pth", *sizes, "--test", "set/HR", "set/LR"], project)
+    assert unknown.returncode == 1 and "unknown backbone 'ToyNet'" in unknown.stderr
+    known = harness.run(
+        [str(tool), "--import", "my_networks.py", "--net", "ToyNet:t.pth", *sizes, "--test", "set/HR", "set/LR"],
+        project,
+    )
+    assert known.returncode == 1 and "give a .yml file with network_g: {type: ToyNet, ...}" in known.stderr
 
 
 def test_without_the_import_the_message_names_it(project: Path) -> None:

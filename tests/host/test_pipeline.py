@@ -130,14 +130,44 @@ print(keep_freed_memory() or platform.libc_ver()[0] != "glibc")
     assert run_python(code).strip() == "True"
 
 
+@pytest.mark.parametrize(
+    ("states", "says"),
+    [
+        ((), "interrupted; no state is saved yet, so it starts anew (logger.save_checkpoint_freq is 50)"),
+        ((50, 2000), "interrupted; --auto_resume goes on from iteration 2,000, the newest saved state"),
+    ],
+)
 def test_an_interrupted_training_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    states: tuple[int, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "resolved_command", interrupted)
+    folder = tmp_path / "experiments" / "run" / "training_states"
+    folder.mkdir(parents=True)
+    for iteration in states:
+        (folder / f"{iteration}.state").touch()
+    monkeypatch.chdir(tmp_path)
+    options = {"name": "run", "logger": {"save_checkpoint_freq": 50}}
+    monkeypatch.setattr(train, "resolved_command", lambda *_: options)
+    monkeypatch.setattr(train, "check_before_start", interrupted)
     with pytest.raises(SystemExit) as caught:
         train.main(["-opt", "any.yml"])
     assert caught.value.code == 130
-    assert "interrupted; --auto_resume goes on" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
+
+
+def test_missing_float_weights_of_a_teacher_are_found_before_anything_is_written(
+    trained: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    opt = harness.options(trained[1], recipe={"losses": [{"type": "SKTLoss"}]})
+    done = harness.run(
+        ["-m", "qsr_plugin.train", "-opt", str(harness.write_options(opt, tmp_path / "a.yml"))], tmp_path
+    )
+    assert done.returncode == 1
+    assert "error: path.pretrain_network_float is needed: SKTLoss compares with the float network" in done.stderr
+    assert not (tmp_path / "experiments").exists()

@@ -55,11 +55,17 @@ def test_a_rule_may_ask_for_a_type_of_module(tiny_net) -> None:
         placed(net, {"match": "upsample.*", "type": "Linear", "port": "weight"})
 
 
-def test_later_rules_win_and_that_is_logged(tiny_net, caplog: pytest.LogCaptureFixture) -> None:
-    rules = [{"match": "body.*.conv1", "port": "input"}, {"match": "body.1.conv1", "port": "input", "bits": 8}]
-    with caplog.at_level(logging.INFO, "qsr_plugin"):
-        assert placed(tiny_net(), *rules) == {"body.0.conv1:input": 4, "body.1.conv1:input": 8}
-    assert "1 place(s) are decided by a later rule: body.1.conv1.input (rule 1 instead of 0)" in caplog.text
+def test_later_rules_win_and_that_is_logged_unless_they_name_the_place(
+    tiny_net, caplog: pytest.LogCaptureFixture
+) -> None:
+    for later, told in (("body.1.*", True), ("body.1.conv1", False)):
+        rules = [{"match": "body.*.conv1", "port": "input"}, {"match": later, "port": "input", "bits": 8}]
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "qsr_plugin"):
+            got = placed(tiny_net(), *rules)
+        assert (got["body.0.conv1:input"], got["body.1.conv1:input"]) == (4, 8)
+        said = "1 place(s) are decided by a later rule: body.1.conv1.input (rule 1 instead of 0)"
+        assert (said in caplog.text) == told
 
 
 def test_keep_float_removes_one_port_or_all_ports(tiny_net) -> None:

@@ -248,6 +248,7 @@ def test_whole_table(
         "net": [f"edsr_small_x4:{demo.packaged_weights()}"], "photos": data / "photos", "images": None, "data": data,
         "sets": "Two,Other", "test": None, "method": f"{broken},minmax", "bits": "W4A4", "placement": "body", "crop": 16,
         "calibration_images": 2, "seed": 0, "threads": 1, "device": "cpu", "retry": False, "html": True,
+        "imports": None,
     }  # fmt: skip
     tool.main(out=out, **arguments)
     text = (out / "ptq.json").read_text()
@@ -270,6 +271,7 @@ def test_whole_table(
     assert all((out / f"ptq_edsr_small_x4_{name}.png").is_file() for name in ("Two", "Other"))
     shown = capsys.readouterr().out
     assert "edsr_small_x4 minmax W4A4 body: Two" in shown and "Placement" in shown and "NoSuchLoss" in shown
+    assert "ptq.html, 2 plots to" in shown and "1 row(s) failed" in shown and "only with --retry" in shown
     folders = [data / name / what for name in ("Two", "Other") for what in ("HR", "LRbicx4")]
     tool.main(out=out, **{**arguments, "data": None, "test": folders})
     assert (out / "ptq.json").read_text() == text
