@@ -50,7 +50,8 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
         report: From :func:`qsr_plugin.complexity`.
         scores: Name of the data set to its result.
     """
-    table = Table(title=f"{report.network}, {report.method}", caption=counted_at(report), show_header=False)
+    counted = counted_at(report, CONVENTIONS[report.convention].stated)
+    table = Table(title=f"{report.network}, {report.method}", caption=counted, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     quantized = [row for row in report.sites if row.quantized]
@@ -159,13 +160,14 @@ def size(bits: int) -> str:
     return f"{quantity(bits / 8)}B" if bits >= 8000 else f"{bits // 8} B"
 
 
-def counted_at(report: ComplexityReport) -> str:
-    """At what size and by which convention costs were counted."""
+def counted_at(report: ComplexityReport, stated: str = "") -> str:
+    """At what size and by which convention costs were counted; what that convention counts is ``stated`` if given."""
     height, width = report.input_size
     rule = CONVENTIONS[report.convention]
-    counted = f"{rule.unit} '{report.convention}': {rule.stated}"
+    counted = f"{rule.unit} '{report.convention}': {stated or rule.text}"
     cut = "" if report.patches is None else f", in {protocol(report.patches)}"
-    return f"Per image of {height}x{width} (LR height x width){cut}. {counted}. 1 MB is 10^6 bytes."
+    sizes = "Size with packed weights, 1 MB is 10^6 bytes."
+    return f"Per image of {height}x{width} (LR height x width){cut}. {counted}. {sizes}"
 
 
 def known(number: float | None, form: str) -> str:
