@@ -25,6 +25,14 @@ def quantized(tiny_net, images) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def model(tiny_net, images, tmp_path: Path) -> Path:
+    """``net.safetensors``: a calibrated tiny EDSR of 4 bits."""
+    path = tmp_path / "net.safetensors"
+    save_quantized(calibrate(quantize_model(tiny_net(), equal("pams", 4)), images), path)
+    return path
+
+
+@pytest.fixture
 def model_of_depths(tmp_path: Path, tiny_net, images) -> Path:
     """``net.safetensors``: a calibrated network of two blocks, either of which can be left out."""
     recipe = load_recipe({"base": "percentile", "depth": {"role": "block"}}, weight_bits=8, act_bits=8)

@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import qsr_plugin
-from qsr_plugin import calibrate, cli, load_quantized, quantize_model, save_quantized
+from qsr_plugin import cli, load_quantized
 from qsr_plugin.checkpoint import load_float_weights
 from tests.backbones import TINY
-from tests.recipes import equal
 
 
 def qsr(monkeypatch: pytest.MonkeyPatch, *arguments: object, fails: bool = False) -> str:
@@ -27,13 +26,6 @@ def qsr(monkeypatch: pytest.MonkeyPatch, *arguments: object, fails: bool = False
         done = CliRunner().invoke(cli.app, list(map(str, arguments)))
     assert (done.exit_code != 0) == fails, done.output + str(done.exception)
     return " ".join(f"{said.get()} {done.output} {done.exception or ''}".replace("│", " ").split())
-
-
-@pytest.fixture
-def model(tiny_net, images, tmp_path: Path) -> Path:
-    path = tmp_path / "net.safetensors"
-    save_quantized(calibrate(quantize_model(tiny_net(), equal("pams", 4)), images), path)
-    return path
 
 
 def test_packed(monkeypatch, model: Path, images, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures that build the package from a copy of its sources and install it into environments of their own, offline."""
+"""Data for tiny runs; and the package, built from a copy of its sources and installed into environments of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from tests.host.harness import TIMEOUT
+from tests.host.harness import TIMEOUT, options, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -29,6 +30,23 @@ def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
     host.addHandler(caplog.handler)
     yield caplog
     host.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training LMDBs of four photos."""
+    return write_data(tmp_path_factory.mktemp("data"), count=4)
+
+
+@pytest.fixture
+def float_file(data: Path, tmp_path: Path) -> Path:
+    """Random weights of the network that the option files of the harness name."""
+    from qsr_plugin.archs.quant_net_arch import build_backbone
+
+    torch.manual_seed(1)
+    net = build_backbone(options(data)["network_g"]["backbone"])
+    torch.save({"params": net.state_dict()}, tmp_path / "float.pth")
+    return tmp_path / "float.pth"
 
 
 class Built(NamedTuple):

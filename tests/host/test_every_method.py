@@ -14,11 +14,6 @@ from tests.host.test_ddp import free_port
 from tests.recipes import TRAINED
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return harness.write_data(tmp_path_factory.mktemp("data"), count=4)
-
-
 @pytest.mark.parametrize("backbone", every_method.BACKBONES)
 @pytest.mark.parametrize(("method", "own"), every_method.RUNS)
 def test_resumed_in_the_middle_of_a_stage_equals_uninterrupted(

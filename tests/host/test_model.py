@@ -1,65 +1,18 @@
-"""QuantSRModel in one process: preparation, groups, stages, EMA, finite checks, saving, messages."""
+"""QuantSRModel in one process: preparation, groups, stages, EMA, finite checks, losses, validation."""
 
 from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from basicsr.models import build_model
 
-from qsr_plugin import checkpoint, compat, load_quantized
+from qsr_plugin.models.stages import parameter_groups
 from qsr_plugin.quant.surgery import quantizers
 from tests.host import harness
-
-compat.import_host()
-
-from basicsr.models import build_model  # noqa: E402
-from qsr_plugin.archs.quant_net_arch import build_backbone  # noqa: E402
-
-from qsr_plugin.models.stages import parameter_groups  # noqa: E402
-from qsr_plugin.options_file import OptionsError  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return harness.write_data(tmp_path_factory.mktemp("data"), count=4)
-
-
-def options(data: Path, root: Path, **changes: Any) -> dict[str, Any]:
-    """Options as the host's parser leaves them."""
-    opt = harness.options(data, **changes)
-    opt["network_g"] = {**opt["network_g"], "recipe": opt.pop("recipe")}
-    opt.update(is_train=True, dist=False, rank=0, world_size=1, auto_resume=False, root_path=str(root))
-    for phase, dataset in opt["datasets"].items():
-        dataset.update(phase=phase, scale=4)
-    opt["path"].update(models=str(root / "models"), training_states=str(root / "states"), visualization=str(root))
-    return opt
-
-
-@pytest.fixture
-def float_file(data: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    net = build_backbone(harness.options(data)["network_g"]["backbone"])
-    torch.save({"params": net.state_dict()}, tmp_path / "float.pth")
-    return tmp_path / "float.pth"
-
-
-def model_of(data: Path, root: Path, **changes: Any):
-    return build_model(options(data, root, **changes))
-
-
-def batch(seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    lq, gt = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
-    return {"lq": lq, "gt": gt, "lq_path": ["a.png", "b.png"], "gt_path": ["a.png", "b.png"]}
-
-
-def step(model, iteration: int, data: dict[str, Any] | None = None) -> None:
-    model.update_learning_rate(iteration)
-    model.feed_data(data or batch(iteration))
-    model.optimize_parameters(iteration)
+from tests.host.model_steps import DEPTHS, batch, model_of, options, step
 
 
 def test_float_weights_ranges_and_groups(data: Path, tmp_path: Path, float_file: Path) -> None:
@@ -177,66 +130,6 @@ def test_the_first_bad_site_is_named(data: Path, tmp_path: Path) -> None:
         step(model, 1)
 
 
-def test_saved_files_hold_the_network_and_failures_raise(data: Path, tmp_path: Path, monkeypatch) -> None:
-    model = model_of(data, tmp_path)
-    step(model, 1)
-    model.save(0, 1)
-    saved = harness.read(tmp_path / "models/net_g_1.pth")
-    assert set(saved) == {"params", "params_ema"}
-    x = batch()["lq"]
-    again = load_quantized(tmp_path / "models/net_g_1.safetensors")
-    with torch.no_grad():
-        assert torch.equal(again(x), model.net_g_ema(x))
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    content = (tmp_path / "models/net_g_1.pth").read_bytes()
-    with pytest.raises(OSError, match="Free some space"):
-        model.save(0, 1)
-    assert (tmp_path / "models/net_g_1.pth").read_bytes() == content
-    assert not list((tmp_path / "models").glob("*.tmp"))
-
-
-@pytest.mark.parametrize("key", ["pretrain_network_g", "pretrain_network_float"])
-def test_wrong_kind_of_checkpoint_is_told_apart(data: Path, tmp_path: Path, float_file: Path, key: str) -> None:
-    model = model_of(data, tmp_path)
-    model.save(0, 1)
-    wrong = float_file if key == "pretrain_network_g" else tmp_path / "models/net_g_1.pth"
-    other = "pretrain_network_float" if key == "pretrain_network_g" else "pretrain_network_g"
-    with pytest.raises(checkpoint.CheckpointError, match=other):
-        model_of(data, tmp_path, path={key: str(wrong)})
-
-
-def test_trained_network_is_not_calibrated_again(data: Path, tmp_path: Path) -> None:
-    model = model_of(data, tmp_path)
-    for iteration in (1, 2):
-        step(model, iteration)
-    model.save(0, 2)
-    path = {"pretrain_network_g": str(tmp_path / "models/net_g_2.pth")}
-    again = model_of(data, tmp_path, path=path)
-    assert harness.differences(dict(again.net.state_dict()), dict(model.net.state_dict())) == []
-    assert harness.differences(dict(again.net_g_ema.state_dict()), dict(model.net_g_ema.state_dict())) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"find_unused_parameters": True}, "find_unused_parameters"),
-        ({"network_g": {"type": "EDSR"}}, "needs QuantNet"),
-        ({"recipe": {"losses": [{"type": "SKTLoss"}]}}, "pretrain_network_float is needed"),
-        ({"num_gpu": 2}, "torchrun"),
-        ({"recipe": {"losses": [{"type": "L1Loss"}]}}, "train.pixel_opt"),
-        ({"recipe": {"losses": [{"type": "SKTLoss", "wieght": 1}]}}, "wieght"),
-        ({"train": {"scheduler": {"periods": [3]}}}, "_delete_: true"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(data: Path, tmp_path: Path, changes: dict, says: str) -> None:
-    with pytest.raises(OptionsError, match=says):
-        model_of(data, tmp_path, **changes)
-
-
 def test_a_bad_gradient_stops_before_the_step(data: Path, tmp_path: Path) -> None:
     model = model_of(data, tmp_path)
     step(model, 1)
@@ -246,15 +139,6 @@ def test_a_bad_gradient_stops_before_the_step(data: Path, tmp_path: Path) -> Non
         step(model, 2)
     assert all(torch.equal(before[k], p) for k, p in model.net.named_parameters() if "quantizer" not in k)
     assert all(bool(torch.isfinite(p).all()) for p in model.net_g_ema.parameters())
-
-
-def test_a_checkpoint_of_another_recipe_is_refused_in_tests(data: Path, tmp_path: Path, caplog) -> None:
-    model = model_of(data, tmp_path)
-    model.save(0, 1)
-    path = {"pretrain_network_g": str(tmp_path / "models/net_g_1.safetensors")}
-    opt = options(data, tmp_path, path=path, recipe={"bits": {"weight": 8}})
-    with pytest.raises(checkpoint.CheckpointError, match=r"recipe\.bits\.weight: saved 4, now 8"):
-        build_model({**opt, "is_train": False})
 
 
 def test_two_losses_of_one_kind_both_count(data: Path, tmp_path: Path, float_file: Path) -> None:
@@ -273,11 +157,6 @@ def test_validation_in_patches_and_calibration_from_a_folder(data: Path, tmp_pat
     assert model.output.shape == (1, 3, 80, 120)
 
 
-def test_misspelt_loss_is_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(compat.NotRegisteredError, match="Did you mean 'SKTLoss'"):
-        model_of(data, tmp_path, recipe={"losses": [{"type": "SKTLos"}]})
-
-
 def test_distillation_compares_with_the_float_network(data: Path, tmp_path: Path, float_file: Path) -> None:
     path = {"pretrain_network_float": str(float_file)}
     model = model_of(data, tmp_path, path=path, recipe={"losses": [{"type": "SKTLoss", "loss_weight": 5.0}]})
@@ -289,24 +168,6 @@ def test_distillation_compares_with_the_float_network(data: Path, tmp_path: Path
     same = model_of(data, tmp_path, path=path, recipe={"losses": [{"type": "SKTLoss"}], "bits": bits})
     step(same, 1)
     assert same.log_dict["l_sktloss"] == 0
-
-
-DEPTHS = {"base": "percentile", "depth": {"role": "block"}, "losses": []}
-
-
-def test_resumed_run_that_starts_with_several_depths_keeps_its_ranking(data: Path, tmp_path: Path) -> None:
-    recipe = {**DEPTHS, "stages": [{"depths": [1.0, 0.5], "lr": {"weights": 1e-3, "others": 1e-1}}]}
-    model = model_of(data, tmp_path, recipe=recipe)
-    step(model, 1)
-    with torch.no_grad():  # another order by size than the one in use
-        model.net.body[0].shortcut_scale.fill_(9.0)
-    order = model.net.block_order.tolist()
-    model.save(0, 1)
-    path = {"pretrain_network_g": str(tmp_path / "models/net_g_1.pth"), "param_key_g": "params"}
-    again = model_of(data, tmp_path, recipe=recipe, path=path)
-    again.resume_training(harness.read(tmp_path / "states/1.state"))
-    step(again, 2)
-    assert again.net.block_order.tolist() == order
 
 
 def test_blocks_are_ranked_when_several_depths_begin(data: Path, tmp_path: Path) -> None:
@@ -344,70 +205,9 @@ def test_validation_holds_no_pairs(data: Path, tmp_path: Path) -> None:
     assert model.net.last_record().pairs
 
 
-def test_an_impossible_depth_is_told_before_the_training(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="depth is 9; this EDSR has 2 blocks"):
-        model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]}, val={"depth": 9})
-
-
-def test_parts_of_a_recipe_without_effect_are_told(data: Path, tmp_path: Path, caplog) -> None:
-    model_of(data, tmp_path, recipe={"base": "odm", "losses": [], "stages": [{"train": ["weights"], "gated": True}]})
-    told = caplog.text
-    assert "recipe.losses has none" in told and "stages[0].gated has no effect" in told
-    assert "no stage trains the 8 parameters of the group 'ranges'" in told
-
-
-def test_a_stage_that_the_training_never_reaches_is_told(data: Path, tmp_path: Path, caplog) -> None:
-    model_of(data, tmp_path, recipe={"stages": [{"iters": 2}, {"iters": 3}, {}]}, train={"total_iter": 6})
-    assert "total_iter" not in caplog.text
-    model_of(data, tmp_path, recipe={"stages": [{"iters": 2}, {"iters": 3}, {}]}, train={"total_iter": 5})
-    assert "total_iter is 5, but stage 3 of the recipe begins after iteration 5" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("stage", "says"),
-    [({"train": ["others"]}, "this network has no such parameters. It has weights, ranges"), ({"train": []}, "train")],
-)
-def test_a_stage_that_trains_nothing_is_refused(data: Path, tmp_path: Path, stage: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        model_of(data, tmp_path, recipe={"stages": [stage]})
-
-
-def test_a_mean_has_no_gradient(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stages\[0\]: ranges that follow the mean .* take ranges, weight_ranges out"):
-        model_of(data, tmp_path, recipe={"base": "fqsr", "losses": [], "stages": [{"track_ranges": "mean"}]})
-
-
-def test_a_recipe_saved_before_an_option_existed_is_the_same_recipe(data: Path, tmp_path: Path) -> None:
-    model = model_of(data, tmp_path)
-    step(model, 1)
-    model.save(0, 1)
-    state = harness.read(tmp_path / "states/1.state")
-    for rules in state["recipe"]["placements"].values():
-        for rule in rules:
-            del rule["pad_first"]
-    for stage in state["recipe"]["stages"]:
-        del stage["gated"], stage["depths"]
-    model.resume_training(state)
-    state["recipe"]["bits"]["act"] = 3
-    with pytest.raises(OptionsError, match="recipe.bits.act: saved 3, now 4"):
-        model.resume_training(state)
-
-
 def test_float_activations_leave_pair_losses_without_work(data: Path, tmp_path: Path) -> None:
     for base, loss in (("odm", "MismatchLoss"), ("fqsr", "CalibrationLoss")):
         recipe = {"base": base, "placement": "body", "bits": {"weight": 32, "act": 32}, "stages": [{}]}
         model = model_of(data, tmp_path, recipe={**recipe, "losses": [{"type": loss}]})
         step(model, 1)
         assert model.log_dict[f"l_{loss.lower()}"] == 0.0
-
-
-def test_options_for_a_slimmed_file_are_told(data: Path, tmp_path: Path) -> None:
-    from qsr_plugin import save_quantized, slim
-
-    model = model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]})
-    save_quantized(slim(model.net, 1), tmp_path / "slim.safetensors")
-    path = {"pretrain_network_g": str(tmp_path / "slim.safetensors")}
-    with pytest.raises(checkpoint.CheckpointError, match=r"write recipe: \{depth: \{kept: \[0\]\}\}"):
-        model_of(data, tmp_path, recipe={**DEPTHS, "stages": [{}]}, path=path)
-    recipe = {**DEPTHS, "depth": {"role": "block", "kept": [0]}, "stages": [{}]}
-    assert len(model_of(data, tmp_path, recipe=recipe, path=path).net.block_order) == 1

@@ -1,4 +1,4 @@
-"""CABM: its look-up against the published figures, and tables made from, given to and carried by networks."""
+"""CABM: its look-up against the published figures, and networks that carry a table."""
 
 from __future__ import annotations
 
@@ -10,28 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from qsr_plugin import compat
 from qsr_plugin.checkpoint import load_quantized, save_quantized
-from qsr_plugin.methods.cabm import BitTable, EdgeTable, EdgeTablePolicy, as_characters, read_table, score_keys
+from qsr_plugin.methods.cabm import BitTable, EdgeTable, EdgeTablePolicy, as_characters, score_keys
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.image_stats import edge_scores
-from qsr_plugin.quant.recipe import RecipeError, load_recipe
-from qsr_plugin.quant.surgery import policies, quantize_model
+from qsr_plugin.quant.recipe import load_recipe
+from qsr_plugin.quant.surgery import quantize_model
 from qsr_plugin.report.fab import feature_average_bits
-from tests.host import every_method, harness
+from tests.host import harness
+from tests.methods.bit_tables import CANDIDATES, content, places_of, rows_for, varied
 
 compat.import_host()
-
-CANDIDATES = (4, 6, 8)
-
-
-def content(places: list[str], rows: list[tuple[float, str]], **changes: Any) -> dict[str, Any]:
-    """A table as plain data, from (score, one character per place)."""
-    scores, bits = [score for score, _ in rows], [row for _, row in rows]
-    made = {"places": places, "candidates": list(CANDIDATES), "scores": scores, "bits": bits, "patch": 96, "step": 94}
-    return {**made, **changes}
 
 
 def look_up(table: dict[str, Any], *, training: bool, **options: float) -> Callable[[float], str]:
@@ -125,30 +116,10 @@ def test_a_recipe_takes_in_only_what_can_be_looked_up() -> None:
 # -- in a network ----------------------------------------------------------------------------------------------------
 
 
-def places_of(net: nn.Module) -> list[str]:
-    """Places with a choice."""
-    return [place for place, policy in policies(net) if len(policy.candidates) > 1]
-
-
 @pytest.fixture
 def places(tiny_net) -> list[str]:
     """Places of the tiny EDSR, from the recipe that tables are made with."""
     return places_of(quantize_model(tiny_net(), "cadyq"))
-
-
-def varied(count: int, side: int = 12) -> Tensor:
-    """``(count, 3, side, side)`` images from flat to rough, in a mixed order."""
-    noise = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) - 0.5
-    strength = torch.linspace(0, 1, count)[torch.randperm(count, generator=torch.Generator().manual_seed(2))]
-    return 0.5 + strength.view(-1, 1, 1, 1) * noise
-
-
-def rows_for(images: Tensor, places: list[str]) -> list[tuple[float, str]]:
-    """One row per image at its own score; the rougher, the more bits: 4.5, 5.5 and 8 for four places."""
-    scores = sorted({round(float(score), 2) for score in edge_scores(images)})
-    rest = len(places) - 1
-    levels = ["6" + "4" * rest, "4" + "6" * rest, "8" + "8" * rest]
-    return [(score, levels[3 * index // len(scores)]) for index, score in enumerate(scores)]
 
 
 @pytest.fixture
@@ -243,184 +214,3 @@ def test_a_start_from_a_network_with_selectors_leaves_them_behind(tiny_net, imag
     kept = {key: value for key, value in start.state_dict().items() if "_policy." not in key}
     assert len(kept) < len(start.state_dict())
     assert harness.differences(kept, net.state_dict()) == [] and net(varied(2)).isfinite().all()
-
-
-# -- making a table --------------------------------------------------------------------------------------------------
-
-
-def choosing(tiny_net, images: list[Tensor], **changes: object) -> nn.Module:
-    """A network whose selectors choose more bits for stronger gradients, each from another strength on."""
-    net = calibrate(quantize_model(tiny_net(**changes), "cadyq"), images)
-    with torch.no_grad():
-        for number, (_, policy) in enumerate(one for one in policies(net) if len(one[1].candidates) > 1):
-            policy.linear.weight.zero_()[:, 0] = torch.tensor([0.0, 0.5, 1.0])
-            policy.linear.bias.copy_(torch.tensor([20.0, 0.0, -30.0]) + number * torch.tensor([0.0, -1.0, -4.0]))
-    return net
-
-
-def test_a_table_holds_what_each_patch_was_given(tiny_net, images) -> None:
-    from qsr_plugin.data.spans import spans
-    from qsr_plugin.report.edge_table import build_table
-
-    net = choosing(tiny_net, images).train()
-    photos = [torch.cat(varied(4, 20).split(1), 3)[..., :33], varied(1, 9), varied(2, 24)[1:]]
-    want, count = set(), 0
-    for photo in photos:
-        for y in spans(photo.shape[2], 12, 2, last="enlarge"):
-            for x in spans(photo.shape[3], 12, 2, last="enlarge"):
-                patch = photo[:, :, y.start : y.stop, x.start : x.stop]
-                net.eval()(patch)
-                bits = net.last_record().bits
-                row = "".join(str(round(bits[place].item())) for place in places_of(net))
-                want.add((round(edge_scores(patch).item(), 2), row))
-                count += 1
-    net.train()
-    reports = [build_table(net, photos, patch=12, step=10, batch=batch) for batch in (1, 3)]
-    assert reports[0] == reports[1] and net.training
-    made = reports[0].table
-    assert set(zip(made.scores, made.bits)) == want and reports[0].patches == count == 8
-    assert list(zip(made.scores, made.fabs())) == sorted(zip(made.scores, made.fabs()))
-    assert (
-        made.places == tuple(places_of(net)) and made.candidates == CANDIDATES and (made.patch, made.step) == (12, 10)
-    )
-    assert len(set("".join(made.bits))) == 3, "all widths are used, else this test says little"
-    assert reports[0].bits.lowest == min(made.fabs()) and reports[0].bits.highest == max(made.fabs())
-
-
-def test_a_table_needs_a_choosing_network_and_patches_that_meet(tiny_net, images) -> None:
-    from qsr_plugin.report.edge_table import build_table
-
-    fixed = calibrate(quantize_model(tiny_net(), "pams"), images)
-    with pytest.raises(ValueError, match="the same bits for every image"):
-        build_table(fixed, images)
-    for step in (0, 13):
-        with pytest.raises(ValueError, match=f"step {step} with patches of 12 pixels: allowed are 1 to 12"):
-            build_table(choosing(tiny_net, images), images, patch=12, step=step)
-    with pytest.raises(ValueError, match="no images"):
-        build_table(choosing(tiny_net, images), [])
-
-
-def test_command_line_from_selectors_to_a_network_without(tiny_net, images, tmp_path: Path) -> None:
-    """Patches that the table was made from get the very bits that the selectors chose for them."""
-    from qsr_plugin.data.images import list_images
-    from qsr_plugin.report.edge_table import low_resolution
-
-    net = choosing(tiny_net, images).eval()
-    save_quantized(net, tmp_path / "cadyq.safetensors")
-    folder = harness.write_photos(tmp_path / "photos", 3, side=48)
-    command = ["-m", "qsr_plugin.cli", "table", "cadyq.safetensors", "-o", "out/table.json"]
-    sizes = ["--patch", "16", "--step", "14", "--batch", "2"]
-    done = harness.run([*command, "--photos", str(folder), *sizes], tmp_path, COLUMNS="120")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "of 16 pixels, 14 apart" in done.stdout and "recipe.policy.table: out/table.json" in done.stdout
-    made = read_table(tmp_path / "out/table.json")
-    assert len(set(made.scores)) == len(made.scores) > 1
-
-    recipe = load_recipe("cabm", policy={"table": str(tmp_path / "out/table.json"), "max_bits_train": 9})
-    mapped = calibrate(quantize_model(tiny_net(), recipe), images)
-    seen = set()
-    for path in list_images(folder):
-        image = low_resolution(path, scale=2)
-        assert image.shape == (1, 3, 24, 24)
-        with torch.no_grad():
-            net(image), mapped(image)  # at this size an image is one patch
-        rows = [[round(float(one.last_record().bits[place])) for place in places_of(net)] for one in (net, mapped)]
-        assert rows[0] == rows[1]
-        seen.add(tuple(rows[0]))
-    assert len(seen) > 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--images", "a", "--photos", "b"], "give one of --images"),
-        ([], "give one of --images"),
-        (["--images", ".", "-o", "table.txt"], "tables are saved as .json"),
-        (["--images", "none"], "looked for a folder of images"),
-    ],
-)
-def test_command_line_says_what_is_missing(arguments: list[str], says: str, tmp_path: Path, monkeypatch) -> None:
-    from typer.testing import CliRunner
-
-    from qsr_plugin.cli import app
-
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["table", "net.safetensors", "-o", "table.json", *arguments], env={"COLUMNS": "160"})
-    assert done.exit_code != 0 and says in done.output + str(done.exception)
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return harness.write_data(tmp_path_factory.mktemp("data"), count=4)
-
-
-def run_options(data: Path, root: Path, backbone: str) -> dict[str, Any]:
-    """Options of a short training with a table for its batches, from a network with selectors."""
-    from qsr_plugin.archs.quant_net_arch import QuantNet
-
-    opt = every_method.options(data, root, "cabm", backbone)
-    kind = opt["network_g"]["backbone"]
-    start = root / "start.safetensors"
-    if not start.exists():
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            save_quantized(calibrate(QuantNet(kind, "cadyq"), [varied(2)]), start)
-    places = places_of(load_quantized(start))
-    batches = torch.cat([every_method.batch(iteration)["lq"] for iteration in range(1, 8)])
-    rows = [
-        (score, ("4" * len(places), "46" * (len(places) // 2))[i % 2])
-        for i, (score, _) in enumerate(rows_for(batches, places))
-    ]
-    changes = {"policy": {"table": content(places, rows)}, "bits": {"weight": 8, "act": list(CANDIDATES)}}
-    opt["network_g"]["recipe"] = load_recipe(opt["network_g"]["recipe"], **changes).to_dict()
-    opt["path"]["pretrain_network_quantized"] = str(start)
-    opt["path"]["pretrain_network_float"] = None
-    return opt
-
-
-@pytest.mark.parametrize("backbone", every_method.BACKBONES)
-def test_a_training_resumed_in_its_second_stage_equals_the_uninterrupted(
-    data: Path, tmp_path: Path, backbone: str
-) -> None:
-    from basicsr.models import build_model
-
-    whole = build_model(run_options(data, tmp_path, backbone))
-    every_method.iterate(whole, range(1, 6))
-    bits = whole.net.last_record().bits[places_of(whole.net)[1]]
-    assert bits.shape == (2,) and {"l_pix", "l_sktloss", "l_blocksktloss"} <= set(whole.log_dict)
-
-    first = build_model(run_options(data, tmp_path, backbone))
-    every_method.iterate(first, range(1, 4))
-    first.save(0, 3)
-    opt = run_options(data, tmp_path, backbone)
-    opt["path"].update(
-        pretrain_network_g=str(tmp_path / "models/net_g_3.pth"),
-        param_key_g="params",
-        resume_state=str(tmp_path / "states/3.state"),
-    )
-    second = build_model(opt)
-    second.resume_training(harness.read(tmp_path / "states/3.state"))
-    every_method.iterate(second, range(4, 6))
-    assert harness.differences(whole.net.state_dict(), second.net.state_dict()) == []
-    assert harness.differences(whole.net_g_ema.state_dict(), second.net_g_ema.state_dict()) == []
-    assert whole.log_dict == second.log_dict
-
-
-def test_shipped_files_ask_for_the_table_that_is_not_there_yet(tiny_net, tmp_path: Path, monkeypatch) -> None:
-    from qsr_plugin.options_file import load_options, options_folder
-
-    monkeypatch.chdir(tmp_path)
-    for file in sorted((options_folder() / "train/cabm").glob("*.yml")):
-        recipe = load_options(file)["network_g"]["recipe"]
-        named = recipe["policy"]["table"]
-        assert named == load_options(file)["path"]["pretrain_network_quantized"].split("/models/")[0] + "/table.json"
-        with pytest.raises(RecipeError, match=f"policy.table: {named} did not exist .* 'qsr table MODEL --images"):
-            quantize_model(tiny_net(), load_recipe(recipe))
-        forced = load_options(file, ["recipe:policy:table=other.json"])["network_g"]["recipe"]
-        assert forced == {**recipe, "policy": {**recipe["policy"], "table": "other.json"}}
-    with pytest.raises(RecipeError, match="policy 'edge_table' needs policy.table, a file: make one with 'qsr table"):
-        quantize_model(tiny_net(), "cabm")
-    assert quantize_model(tiny_net(), load_recipe("cabm", act_bits=4)).recipe.bits.act == 4
