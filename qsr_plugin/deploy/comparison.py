@@ -65,11 +65,12 @@ class Agreement:
         text = (
             f"compared with PyTorch on the same input: {self.quantizers} quantizers, {self.identical:.4%} the same "
             f"codes in the worst, others at most {self.steps} step apart; all between them within {self.between:.0e} "
-            f"of the largest value; both networks by themselves: {self.psnr:.1f} dB"
+            f"of the largest value; PSNR between the outputs of both networks by themselves: {self.psnr:.1f} dB "
+            f"({LEAST_PSNR:.0f} and more are usual)"
         )
         if self.openvino is None:
             return text
-        text += f"; OpenVINO: {self.openvino:.1f} dB"
+        text += f"; in OpenVINO {self.openvino:.1f} dB"
         if self.openvino < min(LEAST_PSNR, self.psnr - 6):
             text += (
                 "\nwarning: OpenVINO computes something else. Run this file with --engine onnxruntime, and report it"
