@@ -107,8 +107,8 @@ def recognise_with_spandrel(state: Mapping[str, Tensor]) -> dict[str, Any] | Non
         logger.info("%s: these buffers are not in the file and are computed: %s", kind.id, names)
     if assumed:
         logger.warning(
-            "%s: the file does not say the size of its windows; the usual one is taken. If results are poor, change it "
-            "in 'hyperparameters'.",
+            "%s: the file does not say the size of its windows; the usual one is taken. If results are poor, give "
+            "--arch FILE, a YAML file with network_g of this type, and another size in its 'hyperparameters'.",
             kind.id,
         )
     options = _options_of(found)

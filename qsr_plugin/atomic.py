@@ -55,4 +55,9 @@ def check_writable(path: Union[str, Path]) -> None:
 
 
 def _no_place(path: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write {path}: {error}. Choose a folder you may write to.")
+    """The error for a folder that cannot be made or written; files that were tried there are nobody's concern."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return OSError(
+            f"cannot write {path}: {path.parent} is a file, or lies in one. Choose a folder you may write to."
+        )
+    return OSError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to.")

@@ -70,7 +70,8 @@ def open_float_network(weights: Path, arch: Optional[str] = None, scale: Optiona
     load_float_weights(net, weights)
     found = _scale_in_use(net.eval(), weights)
     if scale is not None and found != scale:
-        raise UserError(f"--scale is {scale}, but {weights} enlarges {found} times ({options['type']}, {source})")
+        told = f"{FloatNetwork(net, dict(options), found, source).label}, {source}"
+        raise UserError(f"--scale is {scale}, but {weights} enlarges {found} times ({told}): leave --scale out")
     return FloatNetwork(net, dict(options), found, source)
 
 

@@ -92,13 +92,20 @@ def quantize(
     _tell_guessed(network.net)
     tests = _test_sets(test or [], network.scale)
     check_quantized_path(out)
+    if out.exists():
+        told = f"note: {out} is there and will be replaced, with its .json and .html; -o gives another name"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     used: list[str] = []
     crops = _crops(images, photos, recipe, network.scale, seed, used)
     if len(used) < _FEW:
         console.print(f"note: only {len(used)} image(s) to calibrate on; {_FEW} or more are advised", highlight=False)
     check_enlarges(network, crops[0])
     keep_freed_memory()
-    made = post_train(network.net, recipe, crops, tuned=tuned, progress=_track)
+    try:
+        made = post_train(network.net, recipe, crops, tuned=tuned, progress=_track)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {out} is not written", highlight=False, markup=False, soft_wrap=True)
+        raise
     save_quantized(made.net, out)
     settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
     report_quantized(settings, tests, crops)

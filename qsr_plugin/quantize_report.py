@@ -17,6 +17,7 @@ from qsr_plugin.float_networks import FloatNetwork
 from qsr_plugin.memory import peak_memory
 from qsr_plugin.post_training import PostTrained
 from qsr_plugin.progress import track
+from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.report.complexity import complexity, method_label
 from qsr_plugin.report.complexity_types import ComplexityReport
 from qsr_plugin.report.evaluate import evaluate, find_pairs
@@ -39,8 +40,8 @@ from qsr_plugin.report_cli import console
 
 #: Images on the page, and the LR side below which one is too small to show.
 _EXAMPLES, _SMALL = 3, 16
-#: Crops on which the networks are compared, and the PSNR below which something is wrong.
-_COMPARED, _ALIKE = 8, 30.0
+#: Crops on which the networks are compared, and the PSNR below which something is wrong, by the least bits of a recipe.
+_COMPARED, _ALIKE = 8, ((8, 40.0), (0, 30.0))
 
 TestSets = Mapping[str, tuple[Path, Path]]
 Scores = dict[str, dict[str, Scored]]
@@ -127,10 +128,13 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     console.print(
         f"PSNR of its output against the float network's, on calibration images: {likeness:.1f} dB", highlight=False
     )
-    if likeness < _ALIKE:
+    bits = _least_bits(made.recipe)
+    usual = next(psnr for least, psnr in _ALIKE if bits >= least)
+    if likeness < usual:
+        more = "" if bits >= 8 else "more bits (--bits W8A8, W4A8), "
         console.print(
-            f"warning: that is low, {_ALIKE:.0f} dB and more are usual. Try more bits (--bits W8A8, W4A8), --method "
-            "auto, or more images like those the network is for", style="yellow", highlight=False,
+            f"warning: that is low, {usual:.0f} dB and more are usual. Try {more}--method auto, or more images like "
+            "those the network is for", style="yellow", highlight=False,
         )  # fmt: skip
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
     known, more = settings.result(), {"psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
@@ -148,6 +152,9 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     examples = _of_tests(tests, scores, nets, settings) if tests else _of_crops(crops, nets, settings)
     write_page(_page(settings, groups, scores, costs, examples, likeness), html)
     console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)
+    packed = settings.out.with_name(f"{settings.out.stem}_packed.safetensors")
+    told = f"{size(costs.storage_bits)} with packed weights: qsr export {settings.out} --format packed -o {packed}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
@@ -155,6 +162,12 @@ def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
     with torch.no_grad():
         plain, quantized = (net(crops[0][:_COMPARED]).clamp(0, 1) for net in nets.values())
     return -10 * math.log10(max(float((plain - quantized).square().mean()), 1e-12))
+
+
+def _least_bits(recipe: Recipe) -> int:
+    """The fewest that any of its weights or activations can have."""
+    widths = recipe.bits.weight, recipe.act_widths
+    return min(min(one) if isinstance(one, tuple) else one for one in widths)
 
 
 def _print_seconds(seconds: Mapping[str, float]) -> None:

@@ -64,6 +64,8 @@ def report(
             f"'{model}' names no backbone: of a training, give the .safetensors beside it; float weights are "
             "for 'qsr quantize' first"
         )
+    if model.suffix == ".onnx":
+        raise typer.BadParameter(f"'{model}' is an exported model: give the .safetensors that it was made from")
     if model.suffix in (".json", ".html"):
         raise typer.BadParameter(f"'{model}' is a report: give the .safetensors it is of, or an option file")
     trained = model.suffix == ".safetensors"
@@ -119,10 +121,14 @@ def slim(
     compat.import_host()
     from qsr_plugin import complexity, load_quantized, save_quantized
     from qsr_plugin import slim as slimmed
+    from qsr_plugin.quant.depth import trained_depths
     from qsr_plugin.report.tables import depth_table, size
 
     net = load_quantized(model)
     small = slimmed(net, depth)
+    if (known := trained_depths(net)) and depth not in known:
+        told = ", ".join(map(str, known))
+        console.print(f"note: {depth} is no depth that was trained ({told}): look at its scores", highlight=False)
     save_quantized(small, out)
     console.print(depth_table([complexity(net), complexity(small)]))
     was, now = (size(8 * path.stat().st_size) for path in (model, out))

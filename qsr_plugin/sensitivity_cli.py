@@ -57,9 +57,8 @@ def measured_network(net: nn.Module, weights: Optional[Path], model: Path) -> nn
         UserError: If its weights were tuned together with its quantizers, and there are no others; or if these do not
             fit.
     """
-    tuned = net.recipe.tuning is not None and any("weights" in stage.train for stage in net.recipe.stages)
     if weights is None:
-        if tuned:
+        if _is_tuned(net):
             raise UserError(
                 f"{model}: its weights were tuned together with its quantizers, and are no float network without them. "
                 "Give the checkpoint it was made from: --float WEIGHTS"
@@ -70,6 +69,11 @@ def measured_network(net: nn.Module, weights: Optional[Path], model: Path) -> nn
     copy = deepcopy(net)
     copy.load_state_dict(float_network_of(net, weights, model).state_dict(), strict=False)
     return copy
+
+
+def _is_tuned(net: nn.Module) -> bool:
+    """Whether its recipe tunes weights together with their quantizers."""
+    return net.recipe.tuning is not None and any("weights" in stage.train for stage in net.recipe.stages)
 
 
 def run(net: nn.Module, folder: Path, plot: Optional[Path], console: Console) -> dict[str, Any]:
@@ -92,6 +96,12 @@ def run(net: nn.Module, folder: Path, plot: Optional[Path], console: Console) ->
 
     found = sensitivity(net, folder, progress=lambda steps, description: track(steps, description, console))
     console.print(sensitivity_table(found))
+    if _is_tuned(net):
+        console.print(
+            "note: layers are quantized on the float weights. The tuned weights of the file make up for part of this "
+            "damage, so its own output is nearer to the float network's than that of all places together",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if plot is not None:
         sensitivity_plot(found, plot)
         console.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)

@@ -104,6 +104,9 @@ def main(
         rows = ptq_table.make_table(
             jobs, out, about=about, retry=retry, told=tell, progress=lambda todo: track(todo, "rows", console)
         )
+    except KeyboardInterrupt:
+        console.print(f"interrupted: rows that are done are in {out / 'ptq.json'}, the same command goes on after them")
+        raise
     except (UserError, ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -117,6 +120,9 @@ def main(
             plots += 1
     written = ["ptq.json", "ptq.md", "ptq.csv", *(["ptq.html"] if html else []), *([f"{plots} plots"] if plots else [])]
     console.print(f"wrote {', '.join(written)} to {out}", markup=False, soft_wrap=True)
+    if others := len(ptq_table.kept_rows(out)) - len(rows):
+        told = f"ptq.json also keeps {others} row(s) that this call did not ask for: of other settings or networks"
+        console.print(told, markup=False, soft_wrap=True)
     if failed := sum(row.failed for row in rows):
         told = f"{failed} row(s) failed, see {out / 'logs'}; they are made again only with --retry"
         console.print(told, style="yellow", markup=False, soft_wrap=True)

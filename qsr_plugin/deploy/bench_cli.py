@@ -67,7 +67,7 @@ def bench(
     from qsr_plugin.deploy import bench as work
     from qsr_plugin.deploy.bench_machine import described, machine
     from qsr_plugin.deploy.bench_plot import bench_plot
-    from qsr_plugin.deploy.bench_rows import Protocol, legend, result_of, threads_text, to_table
+    from qsr_plugin.deploy.bench_rows import Protocol, answers, legend, result_of, threads_text, to_table
     from qsr_plugin.deploy.bench_variants import Models, float_network_of
     from qsr_plugin.deploy.engine import require
     from qsr_plugin.report.complexity import method_label
@@ -108,6 +108,8 @@ def bench(
     known, title = machine(), f"{about['architecture']}, {method_label(net.recipe)}"
     for one in sizes:
         console.print(to_table(rows, one, title), width=None if console.is_terminal else _WIDE, crop=False)
+    for line in answers(rows, sizes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in (*legend(rows, protocol), f"  machine: {described(known)}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     results = [result_of(row, net, str(model), str(weights or "")) for row in rows]

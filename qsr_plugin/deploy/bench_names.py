@@ -5,14 +5,14 @@ from __future__ import annotations
 #: What all others are compared with: the fair baseline, PyTorch itself is slower.
 REFERENCE = "openvino-float"
 TORCH, NNCF, ONNXRUNTIME = "torch", "nncf", "onnxruntime-int8"
-CHANNELS_LAST = "torch-channels-last"
+CHANNELS_LAST, PASSES = "torch-channels-last", "openvino-float-passes"
 INT8, INT8_TAIL, INT8_PLAIN = "openvino-int8", "openvino-int8-tail", "openvino-int8-no-passes"
 #: Name to what it is, in the order of the table.
 VARIANTS = {
     TORCH: "float network, PyTorch as it is, (N, C, H, W)",
     CHANNELS_LAST: "the same with channels last in memory",
     REFERENCE: "float network, exported as it is",
-    "openvino-float-passes": "float network, after the exact passes of qsr export",
+    PASSES: "float network, after the exact passes of qsr export",
     INT8_PLAIN: "quantized network, exported as it is: what is float in it stays as it was",
     INT8: "quantized network as qsr export writes it, with the exact passes",
     INT8_TAIL: "the same, and the convolution of a collapsed tail in 8 bits as well (qsr export --tail-images)",

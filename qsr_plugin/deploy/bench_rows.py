@@ -11,12 +11,15 @@ from rich.text import Text
 from torch import nn
 
 from qsr_plugin.deploy.bench_machine import engine_versions
-from qsr_plugin.deploy.bench_names import QUANTIZED, REFERENCE, TORCH, VARIANTS
+from qsr_plugin.deploy.bench_names import INT8, INT8_TAIL, PASSES, QUANTIZED, REFERENCE, TORCH, VARIANTS
 from qsr_plugin.deploy.bench_timing import Speed, clock_for
 from qsr_plugin.report.result_schema import FLOAT, Quality, Result, described, of_backbone, package_versions
 from qsr_plugin.report.tables import size as in_bytes
 
 Size = tuple[int, int]
+
+#: What a quantized network's speed is told beside.
+_BESIDE = (REFERENCE, PASSES, TORCH)
 
 
 @dataclass
@@ -105,6 +108,32 @@ def _in_ms(seconds: float) -> str:
     """Milliseconds with three figures or more."""
     time = 1000 * seconds
     return f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f}"
+
+
+def answers(rows: Sequence[Row], sizes: Sequence[Size]) -> list[str]:
+    """Is it faster, and as good: a line for each size and quantized network in OpenVINO.
+
+    Args:
+        rows: Those without speeds are left out.
+        sizes: Height and width.
+    """
+    by_name = {row.name: row for row in rows}
+    lines = []
+    for size in sizes:
+        for name in (INT8, INT8_TAIL):
+            if name not in by_name or size not in by_name[name].speeds:
+                continue
+            row, others = by_name[name], [by_name[one] for one in _BESIDE if one in by_name]
+            own = row.speeds[size].faster
+            against = [f"{own / one.speeds[size].faster:.2f} x {one.name}" for one in others if size in one.speeds]
+            plain = next((one.quality for one in rows if one.name not in QUANTIZED and one.quality), {})
+            losses = [
+                f"{test} {quality.psnr - plain[test].psnr:+.2f} dB"
+                for test, quality in row.quality.items()
+                if test in plain
+            ]
+            lines.append(f"{name} at {size[0]}x{size[1]}: {'; '.join([', '.join(against), *losses])}")
+    return lines
 
 
 def legend(rows: Sequence[Row], protocol: Protocol) -> list[str]:

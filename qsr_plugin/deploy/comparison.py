@@ -62,11 +62,15 @@ class Agreement:
         )
 
     def __str__(self) -> str:
+        codes = (
+            "the codes of PyTorch"
+            if self.steps == 0
+            else f"{self.identical:.4%} of the codes of PyTorch in the worst, others at most {self.steps} step apart"
+        )
         text = (
-            f"compared with PyTorch on the same input: {self.quantizers} quantizers, {self.identical:.4%} the same "
-            f"codes in the worst, others at most {self.steps} step apart; all between them within {self.between:.0e} "
-            f"of the largest value; PSNR between the outputs of both networks by themselves: {self.psnr:.1f} dB "
-            f"({LEAST_PSNR:.0f} and more are usual)"
+            f"compared with PyTorch on the same input: {self.quantizers} quantizers, {codes}; all between them within "
+            f"{self.between:.0e} of the largest value; PSNR between the outputs of both networks by "
+            f"themselves: {self.psnr:.1f} dB ({LEAST_PSNR:.0f} and more are usual)"
         )
         if self.openvino is None:
             return text

@@ -163,7 +163,7 @@ def require(module: str) -> Any:
 def onnx_facts(path: Path) -> dict[str, Any]:
     """Scale, window and fixed size of an exported file."""
     if not path.is_file():
-        raise no_model(path, "not there, or a folder")
+        raise no_model(path, "a folder" if path.is_dir() else "not there")
     onnx = require("onnx")
     try:
         model = onnx.load(path, load_external_data=False)
@@ -230,7 +230,9 @@ def no_model(path: Path, what: str) -> UserError:
 
 def _not_onnx(path: Path, reason: str) -> str:
     kind = foreign_kind(path)
-    return kind if kind not in ("", ONNX) else f"no ONNX model in spite of its name, or a damaged one ({reason})"
+    if kind not in ("", ONNX):
+        return kind
+    return f"no ONNX model in spite of its name, or a damaged one ({reason}), to be copied or exported again"
 
 
 def _number(text: str | None) -> int:

@@ -82,6 +82,10 @@ def export(
             raise typer.BadParameter(f"{name} belongs to --format {owner.value}: leave it out for {form.value}")
     if out.suffix not in _ENDINGS[form]:
         raise typer.BadParameter(f"'{out}': --format {form.value} writes {' or '.join(_ENDINGS[form])} files")
+    if model.suffix == ".onnx":
+        raise typer.BadParameter(f"'{model}' is exported already: give the .safetensors that it was made from")
+    if not model.is_file():
+        raise typer.BadParameter(f"'{model}' is not there: give the .safetensors of 'qsr quantize' or of a training")
     if out.resolve() == model.resolve():
         raise typer.BadParameter(f"-o {out} is the file to export: choose another name")
     if input_size is not None and min(input_size) < 1:

@@ -124,6 +124,11 @@ def export_onnx(
     check_writable(path)  # before work is done for it
     lowered = lower(net, bits=bits, signed=signed)
     steps = []
+    if offset := sum(getattr(module, "rest", None) is not None for module in lowered.modules()):
+        steps.append(
+            f"weights: those of {offset} layer(s) have no level at zero and no room for one in 8 bits; each sums its "
+            "input once more for that, which is exact and takes time (weights of the method 'auto' need no such sum)"
+        )
     if passes:
         steps += map(str, [*fold_affine(lowered), *fold_mean(lowered), collapse_tail(lowered)])
     if tail_images is not None and collapsed_tail(lowered) is None:

@@ -160,7 +160,8 @@ def _run(
     patches = [Patch(y, x) for y, x in product(spans(height, size[0], overlap), spans(width, size[1], overlap))]
     planes = image.transpose(2, 0, 1)
     out = np.empty((engine.scale * height, engine.scale * width, channels), dtype)
-    for own, together in progress(in_groups(engine, patches, planes, batch), "tiles"):
+    told = f"tiles of {size[0]}x{size[1]}, {overlap} shared" if len(patches) > 1 else "tiles"
+    for own, together in progress(in_groups(engine, patches, planes, batch), told):
         results = own(np.stack([patch.of(planes) for patch in together]))
         for patch, result in zip(together, results):
             _place(out, patch, result, engine.scale)

@@ -70,7 +70,8 @@ class Summary:
 
     def __str__(self) -> str:
         rate = self.pixels / 1e6 / max(self.seconds, 1e-9)
-        parts = [f"{self.images} image(s) in {self.seconds:.1f} s, {rate:.2f} megapixels/s"]
+        made = f"{self.images} image(s) in {self.seconds:.1f} s, {rate:.2f} megapixels of results/s"
+        parts = [made if self.images else "no image made"]
         if self.there:
             parts.append(f"{self.there} there already")
         if self.broken:
@@ -141,8 +142,8 @@ def prepare(jobs: Sequence[Job], scale: int, *, resume: bool = False, overwrite:
             f"{there[0].target} exists already (and {len(there) - 1} more): --resume keeps finished results and makes "
             "the others, --overwrite makes all again"
         )
-    for folder in {job.target.parent for job in jobs}:
-        check_writable(folder / "result")
+    for folder, job in {job.target.parent: job for job in jobs}.items():
+        check_writable(job.target)
         _remove_leftovers(folder, {job.target.name for job in jobs if job.target.parent == folder})
     done = {job for job in there if resume and _is_done(job, scale)}
     return [job for job in jobs if job not in done], len(done)

@@ -52,7 +52,8 @@ def upscale(
     """Enlarge images: the results have the names of the images, in the folder OUT.
 
     Gray stays gray, transparency and 16 bits per channel are kept. Where memory runs out, smaller tiles are tried.
-    Under torchrun the processes share the images.
+    Under torchrun the processes share the images. Images that cannot be read are named, the others made; the status is
+    1 then.
     """
     from qsr_plugin.deploy.engine import open_engine
     from qsr_plugin.deploy.routing import with_shallower
@@ -79,6 +80,8 @@ def upscale(
         raise
     check_any_readable(jobs, own, summary.broken)
     console.print(f"{opened.kind} x{opened.scale}: {summary}", highlight=False, markup=False, soft_wrap=True)
+    if summary.broken and "WORLD_SIZE" not in os.environ:  # torchrun would stop the other processes
+        raise typer.Exit(1)
 
 
 def _in_order(models: list[Path]) -> list[Path]:

@@ -12,6 +12,8 @@ from qsr_plugin.report.complexity_types import ComplexityReport, SiteCost
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")  # as indices are written; "01" is part of a name
 #: Layers of a group that are told by name in one line; the rest are counted.
 _TOLD = 12
+#: So few more are told as well.
+_SPARED = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def layer_lines(groups: Sequence[LayerGroup], *, told: int = _TOLD) -> list[str]
 
     Args:
         groups: Of :func:`layer_groups`.
-        told: How many (brief) names are told of each group.
+        told: How many (brief) names are told of each group, or two more if that is all.
     """
     quantized = {g.bits: sum(len(o.names) for o in groups if o.bits == g.bits) for g in groups if g.bits != "float"}
     total, first = sum(len(group.names) for group in groups), True
@@ -77,7 +79,8 @@ def layer_lines(groups: Sequence[LayerGroup], *, told: int = _TOLD) -> list[str]
     left = sum(len(group.names) for group in groups if group.bits == "float")
     lines = [f"quantized: {', '.join(parts) or 'nothing'}; float: {left or 'none'}"]
     for group in groups:
-        names, more = group.brief[:told], len(group.brief) - told
+        shown = told if len(group.brief) > told + _SPARED else len(group.brief)
+        names, more = group.brief[:shown], len(group.brief) - shown
         tail = f" and {more} more" if more > 0 else ""
         lines.append(f"  {group.bits:<6} {len(group.names)} x {group.kind}: {', '.join(names)}{tail}")
     return lines

@@ -11,7 +11,7 @@ import pytest
 
 from qsr_plugin.deploy import bench as work
 from qsr_plugin.deploy.bench_names import REFERENCE
-from qsr_plugin.deploy.bench_rows import Protocol, Row, legend, speed_text, to_table
+from qsr_plugin.deploy.bench_rows import Protocol, Row, answers, legend, speed_text, to_table
 from qsr_plugin.deploy.bench_timing import Pair, Speed, clock_for, measure_round, timed
 from qsr_plugin.deploy.engine import Engine
 from tests.deploy.engines import nearest_engine
@@ -126,6 +126,20 @@ def test_ratio_to_torch_is_a_quotient_of_medians(capsys: pytest.CaptureFixture[s
     cells = {line[0]: line[1:] for line in lines if line}
     assert cells["openvino-int8"] == ["4.00 [3.00, 5.00]", "8.00", "250", "500 kB"]
     assert cells[REFERENCE][:3] == ["1.00", "2.00", "1000"] and cells["nncf"][0] == "-"
+
+
+def test_answers_name_what_is_faster_and_what_is_lost() -> None:
+    size, plain, own = (4, 6), {"Set5": SimpleNamespace(psnr=32.0)}, {"Set5": SimpleNamespace(psnr=31.9)}
+    rows = [
+        Row("torch", {size: Speed(2.0, (0.5,))}, quality=plain),
+        Row(REFERENCE, {size: Speed(1.0)}, quality=plain),
+        Row("openvino-float-passes", {size: Speed(0.5, (2.0,))}),
+        Row("openvino-int8", {size: Speed(0.25, (4.0,))}, quality=own),
+        Row("openvino-int8-tail", note="nothing is collapsed"),
+    ]
+    beside = "4.00 x openvino-float, 2.00 x openvino-float-passes, 8.00 x torch"
+    assert answers(rows, [size]) == [f"openvino-int8 at 4x6: {beside}; Set5 -0.10 dB"]
+    assert answers(rows[1:2] + rows[3:], [size]) == ["openvino-int8 at 4x6: 4.00 x openvino-float; Set5 -0.10 dB"]
 
 
 def test_figures_are_whole_on_a_usual_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,15 @@ def test_a_float_checkpoint_is_no_quantized_one(monkeypatch, tiny_net, tmp_path:
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_what_is_no_quantized_file_is_named_before_anything_is_imported(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qsr_plugin.checkpoint.read_file", lambda path: pytest.fail("the model was read first"))
+    for command in (("report",), ("export", "-o", tmp_path / "a.onnx", "--format", "onnx")):
+        said = qsr(monkeypatch, *command, tmp_path / "net.onnx", fails=True)
+        assert "give the .safetensors that it was made from" in said
+    said = qsr(monkeypatch, *command, tmp_path / "nope.safetensors", fails=True)
+    assert "nope.safetensors' is not there" in said
+
+
 @pytest.mark.parametrize("kind", ["a file", "read-only"])
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
     monkeypatch, model: Path, tmp_path: Path, kind: str

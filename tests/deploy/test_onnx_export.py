@@ -145,6 +145,14 @@ def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path, method: 
     assert psnr(open_engine(path)(image), output(net, image)) > 45
 
 
+@pytest.mark.parametrize(("method", "bits", "told"), [("minmax", 8, True), ("minmax", 4, False), ("auto", 8, False)])
+def test_weights_that_take_a_further_sum_are_told(
+    edsr, images, tmp_path: Path, method: str, bits: int, told: bool
+) -> None:
+    report = export_onnx(quantized(edsr, method, bits, images), tmp_path / "net.onnx")
+    assert ("no level at zero and no room for one in 8 bits" in str(report)) == told
+
+
 def test_without_passes_the_network_is_as_it_is(edsr, images, tmp_path: Path) -> None:
     net = quantized(edsr, "auto", 8, images)
     report = export_onnx(net, path := tmp_path / "net.onnx", passes=False)

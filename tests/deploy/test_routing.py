@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from qsr_plugin import load_quantized, save_quantized, slim
 from qsr_plugin.cli import app
+from qsr_plugin.deploy import routing
 from qsr_plugin.deploy.engine import Engine
 from qsr_plugin.deploy.image_io import read_picture
 from qsr_plugin.deploy.routing import with_shallower
 from qsr_plugin.deploy.tiles import upscale_tiled
 from qsr_plugin.errors import UserError
+from qsr_plugin.quant.image_stats import edge_scores
 from tests.deploy.engines import nearest_engine
 from tests.deploy.test_upscale import noise, write_png
 
@@ -28,6 +31,12 @@ def constant(value: float, seen: Counter[float], **changes: object) -> Engine:
         return np.full((len(x), 3, 2 * x.shape[2], 2 * x.shape[3]), value, np.float32)
 
     return Engine("torch", 2, run, **changes)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (12, 9)])
+def test_edges_are_scored_as_policies_score_them(size: tuple[int, int]) -> None:
+    tile = np.random.default_rng(0).random((3, *size), np.float32)
+    assert routing._edge_score(tile) == pytest.approx(edge_scores(torch.from_numpy(tile)[None]).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -92,13 +92,15 @@ def test_report_of_a_network_with_depth(with_depth: Path, tmp_path: Path) -> Non
 
 def test_slim_writes_a_smaller_network_of_the_same_output(with_depth: Path, tmp_path: Path) -> None:
     said = " ".join(qsr(tmp_path, "slim", with_depth, "--depth", "2", "-o", "small.safetensors").split())
-    assert "wrote small.safetensors: file of" in said
+    assert "wrote small.safetensors: file of" in said and "note:" not in said
     small, net = load_quantized(tmp_path / "small.safetensors"), load_quantized(with_depth)
     assert small.recipe.depth.kept == (0, 1)
     x = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(small(x), set_depth(net, 2)(x))
     assert "2 of 2 run" in qsr(tmp_path, "report", "small.safetensors")
+    said = " ".join(qsr(tmp_path, "slim", with_depth, "--depth", "3", "-o", "three.safetensors").split())
+    assert "note: 3 is no depth that was trained (8, 4, 2)" in said
 
 
 def test_depths_that_are_not_there_end_in_a_sentence(

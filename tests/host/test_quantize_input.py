@@ -118,8 +118,20 @@ def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Pat
 
 
 def test_a_placement_is_in_the_name(qsr: SAYS, weights: Path, photos: Path) -> None:
-    qsr(weights, "--photos", photos, "--placement", "full")
+    said = qsr(weights, "--photos", photos, "--placement", "full")
     assert load_quantized("tiny_minmax_w8a8_full.safetensors").recipe.placement == "full"
+    assert "will be replaced" not in said and "qsr export tiny_minmax_w8a8_full.safetensors --format packed" in said
+    again = qsr(weights, "--photos", photos, "--placement", "full")
+    assert "note: tiny_minmax_w8a8_full.safetensors is there and will be replaced" in again
+
+
+def test_an_interruption_is_told(qsr: SAYS, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsr_plugin.post_training.post_train", interrupted)
+    said = qsr(weights, "--photos", photos, "-o", "net.safetensors", fails=True)
+    assert "interrupted: net.safetensors is not written" in said
 
 
 def test_what_ends_a_test_loses_nothing_made_before(

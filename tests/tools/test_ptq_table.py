@@ -275,6 +275,10 @@ def test_whole_table(
     folders = [data / name / what for name in ("Two", "Other") for what in ("HR", "LRbicx4")]
     tool.main(out=out, **{**arguments, "data": None, "test": folders})
     assert (out / "ptq.json").read_text() == text
+    capsys.readouterr()
+    tool.main(out=out, **{**arguments, "method": "minmax"})
+    shown = capsys.readouterr().out
+    assert "ptq.json also keeps 1 row(s) that this call did not ask for" in shown and "failed" not in shown
     with pytest.raises(SystemExit):
         tool.main(out=out, **{**arguments, "method": "pams"})
     assert "needs a training" in capsys.readouterr().err
