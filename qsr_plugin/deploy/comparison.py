@@ -63,9 +63,9 @@ class Agreement:
 
     def __str__(self) -> str:
         codes = (
-            "the codes of PyTorch"
+            "all codes the same"
             if self.steps == 0
-            else f"{self.identical:.4%} of the codes of PyTorch in the worst, others at most {self.steps} step apart"
+            else f"{self.identical:.4%} the same codes in the worst, others at most {self.steps} step apart"
         )
         text = (
             f"compared with PyTorch on the same input: {self.quantizers} quantizers, {codes}; all between them within "
