@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
@@ -110,12 +110,17 @@ def prepare_start(options: dict[str, Any], resolved: Path, flags: list[str], for
         flags: The host's part of the command line.
         forced: ``key:key=value`` entries of the command line.
     """
-    host, states = host_arguments(flags), Path("experiments", options["name"], "training_states")
-    resuming = bool(options["path"].get("resume_state")) or (host.auto_resume and any(states.glob("*.state")))
+    host = host_arguments(flags)
+    resuming = bool(options["path"].get("resume_state")) or (host.auto_resume and any(_saved_states(options)))
     start = start_of(options, resuming=resuming, distributed=host.launcher != "none", forced=forced)
     if start is not None:
         options["path"]["pretrain_network_quantized"] = str(start)
         write_options(options, resolved)
+
+
+def _saved_states(options: Mapping[str, Any]) -> Iterator[Path]:
+    """Training states of the run in the current folder, before the host has parsed its options."""
+    return Path("experiments", options["name"], "training_states").glob("*.state")
 
 
 def newest_state(folder: Path, models: Path) -> Optional[tuple[Path, dict[str, Any]]]:
@@ -244,8 +249,7 @@ def run(pipeline: str, argv: Optional[list[str]]) -> None:
 
 
 def _how_to_go_on(options: Mapping[str, Any]) -> str:
-    states = Path("experiments", options["name"], "training_states").glob("*.state")
-    saved = max((int(path.stem) for path in states if path.stem.isdigit()), default=0)
+    saved = max((int(path.stem) for path in _saved_states(options) if path.stem.isdigit()), default=0)
     if saved:
         return f"; --auto_resume goes on from iteration {saved:,}, the newest saved state"
     every = (options.get("logger") or {}).get("save_checkpoint_freq")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import cv2
 import numpy as np
 
 from qsr_plugin.data.spans import Patch
@@ -67,6 +66,8 @@ def in_groups(
 
 def _edge_score(tile: np.ndarray) -> float:
     """What :func:`qsr_plugin.quant.image_stats.edge_scores` makes of a tile, without PyTorch."""
+    import cv2  # one network alone needs none of it
+
     pixels = np.rint(255 * tile.transpose(1, 2, 0).clip(0, 1)).astype(np.uint8)
     response = cv2.Laplacian(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.CV_16S, ksize=3)
     return float(cv2.convertScaleAbs(response).mean())

@@ -44,12 +44,3 @@ def features(batch: int = 3, seed: int = 1) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, C, 5, 6, generator=draw)
     return x * torch.linspace(0.4, 1.6, batch).view(-1, 1, 1, 1) + torch.randn(batch, C, 1, 1, generator=draw)
-
-
-def watch(q: DDTBQuantizer, *batches: Tensor) -> DDTBQuantizer:
-    """The same quantizer, calibrated on these batches."""
-    q.begin_calibration()
-    for batch in batches:
-        q.observe(batch)
-    q.end_calibration()
-    return q

@@ -9,7 +9,8 @@ from qsr_plugin.methods.ddtb import DDTBWeightQuantizer
 from qsr_plugin.options_file import load_options, options_folder
 from qsr_plugin.quant.recipe import load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
-from tests.methods.ddtb_builders import C, close, ddtb, features, watch
+from tests.methods.ddtb_builders import C, close, ddtb, features
+from tests.quant.builders import observed
 
 pytestmark = pytest.mark.usefixtures("both_uses")
 
@@ -109,12 +110,12 @@ def test_grid_of_the_report_is_that_of_the_forward(bits: int) -> None:
 
 
 def test_calibration_takes_the_mean_of_the_percentiles_of_each_batch() -> None:
-    q = watch(ddtb(alpha=0.9), torch.arange(11.0), torch.arange(11.0) * 3)
+    q = observed(ddtb(alpha=0.9), torch.arange(11.0), torch.arange(11.0) * 3)
     close(torch.stack([q.lower, q.upper]), [2.0, 18.0], digits=6)
 
 
 def test_a_fixed_start_ignores_the_data() -> None:
-    q = watch(ddtb(start="fixed"), torch.arange(11.0))
+    q = observed(ddtb(start="fixed"), torch.arange(11.0))
     assert (q.lower.item(), q.upper.item()) == (-10.0, 10.0)
 
 
@@ -135,7 +136,7 @@ def test_bounds_that_met_or_crossed_are_mended(lower: float, upper: float, bits:
 @pytest.mark.parametrize("value", [0.0, -2.5, 1e4])
 def test_constant_features_and_weights_stay_as_they_are(value: float) -> None:
     x = torch.full((2, C, 3, 3), value)
-    q = watch(ddtb(), x, x)
+    q = observed(ddtb(), x, x)
     assert torch.allclose(q(x), x, rtol=1e-5)
     assert torch.allclose(weight_quantizer(4)(x), x, rtol=1e-5)
 

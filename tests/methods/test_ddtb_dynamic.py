@@ -17,7 +17,8 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.schema import Stage
 from qsr_plugin.quant.surgery import quantize_model, quantizers
-from tests.methods.ddtb_builders import C, close, ddtb, dynamic, features, variants, watch
+from tests.methods.ddtb_builders import C, close, ddtb, dynamic, features, variants
+from tests.quant.builders import observed
 
 pytestmark = pytest.mark.usefixtures("both_uses")
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("both_uses")
 def place(name: str, *scales: float, **options: object) -> DDTBQuantizer:
     q = ddtb(**options)
     q.site = name
-    return watch(q, *(features() * scale for scale in scales))
+    return observed(q, *(features() * scale for scale in scales))
 
 
 def test_the_places_that_vary_most_become_dynamic() -> None:
@@ -63,7 +64,7 @@ def test_calibrating_again_switches_the_gates_off(caplog) -> None:
     for part in parts:
         part.enter_stage(Stage(gated=True))
     for part, scale in zip(parts, (9.0, 5.0, 2.0, 1.0)):
-        watch(part, x, x * scale)
+        observed(part, x, x * scale)
     DDTBQuantizer.settle(parts)
     assert [part.site for part in parts if part.dynamic] == ["p0", "p1"]
     assert len(caplog.records) == 1 and "switched all gates off" in caplog.text

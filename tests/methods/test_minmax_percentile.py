@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsr_plugin.methods.minmax_percentile import AsymmetricQuantizer, SymmetricQuantizer, ZeroLevelQuantizer
 from tests.methods.asymmetric_examples import EXAMPLES, NAMES
+from tests.quant.builders import observed
 
 WEIGHT = torch.tensor([0.05, -0.1, 0.2, 0.3, -0.35, 0.9, -1.1, 0.12])
 
@@ -30,13 +31,6 @@ def asymmetric(
 
 def symmetric(bits: int = 4, **options: object) -> SymmetricQuantizer:
     return SymmetricQuantizer(SymmetricQuantizer.Options(**options), (bits,), "weight", 0)
-
-
-def calibrated(q: SymmetricQuantizer, weight: Tensor) -> SymmetricQuantizer:
-    q.begin_calibration()
-    q.observe(weight)
-    q.end_calibration()
-    return q
 
 
 @pytest.mark.parametrize(NAMES, EXAMPLES)
@@ -130,7 +124,7 @@ def test_training_keeps_zero_between_the_bounds() -> None:
 
 
 def test_weights() -> None:
-    q = calibrated(symmetric(4), torch.tensor([0.5]))
+    q = observed(symmetric(4), torch.tensor([0.5]))
     w = torch.tensor([-0.9, -0.1, 0.0, 0.25, 0.31, 0.8], requires_grad=True)
     out = q(w)
     close(out, [-0.5, -0.1, 0.033333, 0.233333, 0.3, 0.5])
@@ -140,7 +134,7 @@ def test_weights() -> None:
 
 
 def test_gradient_of_the_weight_bound_element_by_element() -> None:
-    q = calibrated(symmetric(4), torch.tensor([0.5]))
+    q = observed(symmetric(4), torch.tensor([0.5]))
     for value in (-0.9, -0.44, -0.1, 0.25, 0.31, 0.8):
         t = (value + 0.5) / 1.0
         inside = 2 * (round(t * 15) / 15 - t)
@@ -160,14 +154,14 @@ def test_gradient_of_the_weight_bound_element_by_element() -> None:
     ],
 )
 def test_weight_bounds(options: dict, bound: float) -> None:
-    close(calibrated(symmetric(4, **options), WEIGHT).bound, bound)
+    close(observed(symmetric(4, **options), WEIGHT).bound, bound)
 
 
 def test_omse_bound_is_never_worse_than_the_largest_magnitude() -> None:
     weight = torch.randn(200, generator=torch.Generator().manual_seed(0)) ** 3
     error = {}
     for observer in ("minmax", "omse"):
-        error[observer] = (calibrated(symmetric(3, observer=observer), weight)(weight) - weight).square().mean().item()
+        error[observer] = (observed(symmetric(3, observer=observer), weight)(weight) - weight).square().mean().item()
     assert error["omse"] < error["minmax"]
 
 

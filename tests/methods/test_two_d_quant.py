@@ -13,20 +13,13 @@ from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.observers import minmax
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.surgery import quantize_model, quantizers
+from tests.quant.builders import observed
 
 compat.import_host()
 
 
 def quantizer(bits: int, role: str = "act", **options: object) -> SearchedBoundsQuantizer:
     return SearchedBoundsQuantizer(SearchedBoundsQuantizer.Options(**options), (bits,), role, 1 if role == "act" else 0)
-
-
-def calibrated(q: SearchedBoundsQuantizer, *batches: Tensor) -> SearchedBoundsQuantizer:
-    q.begin_calibration()
-    for batch in batches:
-        q.observe(batch)
-    q.end_calibration()
-    return q
 
 
 @pytest.mark.parametrize("role", ["act", "weight"])
@@ -45,7 +38,7 @@ def test_published_gradients(role: str) -> None:
 
 def test_zeros_behind_a_relu_pull_at_the_lower_bound() -> None:
     """They lie exactly on it, and count for it, unlike with a clamp."""
-    q = calibrated(quantizer(4), torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0]))
+    q = observed(quantizer(4), torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0]))
     assert q.lower == 0
     (dl,) = torch.autograd.grad(q(torch.zeros(7)).sum(), q.lower)
     assert dl.item() == 7
@@ -91,9 +84,9 @@ def test_search_on_the_histogram_is_as_good_as_on_the_tensors(kind: str, bits: i
     x = tensors()[kind]
     for one_sided, search in ((False, "both"), (True, "upper")):
         errors = exhaustive(x, bits, one_sided)
-        q = calibrated(quantizer(bits, search=search), *x.split(16000))
+        q = observed(quantizer(bits, search=search), *x.split(16000))
         assert (q(x) - x).norm().item() <= 1.005 * min(errors)
-        exact = calibrated(quantizer(bits, "weight", search=search), x)
+        exact = observed(quantizer(bits, "weight", search=search), x)
         assert (exact(x) - x).norm().item() <= (1 + 1e-5) * min(errors)
 
 
@@ -111,14 +104,14 @@ def test_first_of_equal_candidates_wins() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_which_ends_move_is_decided_by_how_far_a_tensor_reaches_below_zero(kind, one_sided, scale: float) -> None:
     x = tensors()[kind] * scale
-    q = calibrated(quantizer(2), x)
+    q = observed(quantizer(2), x)
     low, high = minmax(x)
     assert torch.equal(q.lower, low) is one_sided and q.upper < high
 
 
 def test_weights_have_bounds_of_their_own_on_both_sides() -> None:
     w = torch.cat([torch.linspace(-0.2, 0.1, 50), torch.tensor([0.9])])
-    q = calibrated(quantizer(3, "weight"), w)
+    q = observed(quantizer(3, "weight"), w)
     low, high, errors = q.lower.item(), q.upper.item(), exhaustive(w, 3, False)
     best = errors.index(min(errors))
     assert (low, high) == pytest.approx((-0.2 + 0.0055 * best, 0.9 - 0.0055 * best), abs=1e-6)

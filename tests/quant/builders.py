@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from qsr_plugin.quant.quantizer import QUANTIZERS, Quantizer
 from qsr_plugin.quant.recipe import register_parts
+
+Observed = TypeVar("Observed", bound=Quantizer)
 
 register_parts()
 
@@ -85,12 +88,18 @@ def make(name: str, role: str, bits: int | tuple[int, ...] = 4, layout: str = "N
     return cls(cls.Options(), candidates, role, axis)
 
 
+def observed(quantizer: Observed, *batches: Tensor) -> Observed:
+    """The same quantizer after it has seen these batches, before what it settles with others."""
+    quantizer.begin_calibration()
+    for batch in batches:
+        quantizer.observe(batch)
+    quantizer.end_calibration()
+    return quantizer
+
+
 def calibrate_on(quantizer: Quantizer, x: Tensor) -> Quantizer:
     """Calibrate a quantizer outside of any network."""
-    quantizer.begin_calibration()
-    quantizer.observe(x)
-    quantizer.end_calibration()
-    type(quantizer).settle([quantizer])
+    type(quantizer).settle([observed(quantizer, x)])
     return quantizer
 
 
