@@ -1,17 +1,14 @@
 """A table of post-training methods: networks x bits x placements x methods, on the same crops with the same seed.
 
-Every row is made in a process of its own by :mod:`qsr_plugin.ptq_row` and kept as soon as it is there, with what it was
-made from, so that no row is made twice.
+Every row is made in a process of its own (:mod:`qsr_plugin.ptq_process`) and kept as soon as it is there, with what it
+was made from, so that no row is made twice.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,14 @@ from typing import Any
 from qsr_plugin.checkpoint import write_atomically
 from qsr_plugin.errors import UserError, suggest
 from qsr_plugin.options_file import parse_bits
+from qsr_plugin.ptq_process import rows_of
 from qsr_plugin.ptq_row import Crops, Job, key_of
 from qsr_plugin.quant.policy import policy_class
 from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.report.ptq_rows import PtqRow, to_csv, to_markdown
-from qsr_plugin.report.result_io import ResultError, read_results, read_table, write_results
+from qsr_plugin.report.result_io import ResultError, read_table, write_results
 from qsr_plugin.report.result_schema import FLOAT, Result, ResultTable
-from qsr_plugin.report.tables import write_json
 
 #: Name of a network whose type is found out from its weights.
 AUTO = "auto"
@@ -197,6 +194,7 @@ def make_table(
     *,
     about: Sequence[str] = (),
     retry: bool = False,
+    at_once: int = 1,
     progress: Progress = iter,
     told: Callable[[PtqRow], None] = lambda row: None,
 ) -> list[PtqRow]:
@@ -210,6 +208,7 @@ def make_table(
         out: Folder for everything that is written.
         about: Lines above the tables.
         retry: Also make those again that failed.
+        at_once: How many rows are made side by side.
         progress: Wraps the jobs that are to be done, e.g. ``rich.progress.track``.
         told: Called for each row that was made.
 
@@ -219,14 +218,15 @@ def make_table(
     keys = {job.key(): job for job in jobs}
     rows = {key: row for key, row in kept_rows(out).items() if key in keys}
     todo = [job for key, job in keys.items() if key not in rows or (retry and not rows[key].quality)]
-    for job in progress(todo):
-        row = run_row(job, out / "logs").model_copy(update={"origin": job.origin()})
-        rows[job.key()] = row
-        # Read again: another table may be made in this folder at the same time.
-        kept = {**kept_rows(out), job.key(): row}
-        write_results(ResultTable(rows=tuple(kept.values())), out / "ptq.json")
-        _write_texts(list(_named(keys, rows)), about, out)
-        told(PtqRow.of(row))
+    with closing(rows_of(todo, out / "logs", at_once)) as ready:
+        for _, (job, result) in zip(progress(todo), ready):
+            row = result.model_copy(update={"origin": job.origin()})
+            rows[job.key()] = row
+            # Read again: another table may be made in this folder at the same time.
+            kept = {**kept_rows(out), job.key(): row}
+            write_results(ResultTable(rows=tuple(kept.values())), out / "ptq.json")
+            _write_texts(list(_named(keys, rows)), about, out)
+            told(PtqRow.of(row))
     made = list(_named(keys, rows))
     _write_texts(made, about, out)
     return made
@@ -243,29 +243,3 @@ def _write_texts(rows: Sequence[PtqRow], about: Sequence[str], out: Path) -> Non
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("md", to_markdown(rows, about)), ("csv", to_csv(rows))):
         write_atomically(out / f"ptq.{name}", lambda path, text=text: path.write_text(text, "utf-8"))
-
-
-def run_row(job: Job, logs: Path) -> Result:
-    """Make a row in a process of its own.
-
-    Args:
-        job: What to do.
-        logs: Folder for what the process prints.
-
-    Returns:
-        The row; one that says why if it fails, or if the process ends without a row.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{job.label.replace(' ', '_')}.log"
-    variables = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
-    with tempfile.TemporaryDirectory(prefix="qsr_") as folder:
-        asked, answer = Path(folder) / "job.json", Path(folder) / "row.json"
-        write_json(job.to_dict(), asked)
-        command = [sys.executable, "-m", "qsr_plugin.ptq_row", str(asked), str(answer)]
-        with open(log, "w", encoding="utf-8") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=variables).returncode
-        if answer.is_file():
-            return read_results(answer)[0]
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    why = "killed, perhaps for want of memory" if status == -9 else lines[-1] if lines else "said nothing"
-    return job.result().model_copy(update={"note": f"the process ended with status {status}: {why}"})

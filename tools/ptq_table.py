@@ -64,6 +64,9 @@ def main(
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of every row.", show_default="half of the cores")
     ] = max((os.cpu_count() or 1) // 2, 1),
+    jobs: Annotated[
+        int, typer.Option("-j", "--jobs", min=1, help="Rows made at once, each with --threads and memory of its own.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="Where networks run: cpu, cuda, cuda:1.")] = "cpu",
     retry: Annotated[bool, typer.Option("--retry", help="Make rows again that failed.")] = False,
     imports: Annotated[
@@ -82,7 +85,7 @@ def main(
         if (data is None) == (not test):
             raise typer.BadParameter("give one of --data and --test")
         named = named_tests(test or [])
-        jobs = ptq_table.plan(
+        planned = ptq_table.plan(
             [ptq_table.read_network(entry) for entry in net],
             ptq_table.read_methods(method.split(",") if method else ptq_table.post_training_methods()),
             bits.split(","),
@@ -101,8 +104,19 @@ def main(
             f"Seconds of calibration and tuning with {threads} thread(s) on {device}; memory at its peak until then.",
             "FAB on the first test set; BitOPs of an image of {}x{} LR pixels.".format(*DEFAULT_SIZE),
         ]
+        if jobs > 1:
+            about.append(f"{jobs} rows at once: seconds are those of a machine that shares its cores and its memory.")
+        if device == "cpu" and jobs > 1 and jobs * threads > (cores := os.cpu_count() or 1):
+            told = f"{jobs} rows at once with {threads} thread(s) each wait for one another on {cores} cores"
+            console.print(f"{told}: better with fewer", style="yellow", soft_wrap=True)
         rows = ptq_table.make_table(
-            jobs, out, about=about, retry=retry, told=tell, progress=lambda todo: track(todo, "rows", console)
+            planned,
+            out,
+            about=about,
+            retry=retry,
+            at_once=jobs,
+            told=tell,
+            progress=lambda todo: track(todo, "rows", console),
         )
     except KeyboardInterrupt:
         console.print(f"interrupted: rows that are done are in {out / 'ptq.json'}, the same command goes on after them")

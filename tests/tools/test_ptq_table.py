@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 import cv2
 import pytest
@@ -56,14 +55,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rows without work: the labels of those that were asked for. minmax at W4A4 fails."""
     labels: list[str] = []
 
-    def run_row(job: Job, logs: Path) -> Result:
-        labels.append(job.label.removeprefix("edsr_small_x4 "))
-        failed = (job.method, job.bits) == ("minmax", "W4A4")
-        quality = {} if failed else {name: Quality(psnr=30.0, ssim=0.9, fab=8.0) for name in job.tests}
-        note = "FloatingPointError: step 3 | not\nfinite" if failed else ""
-        return job.result().model_copy(update={"quality": quality, "note": note})
+    def rows_of(jobs: list[Job], logs: Path, at_once: int) -> Iterator[tuple[Job, Result]]:
+        for job in jobs:
+            labels.append(job.label.removeprefix("edsr_small_x4 "))
+            failed = (job.method, job.bits) == ("minmax", "W4A4")
+            quality = {} if failed else {name: Quality(psnr=30.0, ssim=0.9, fab=8.0) for name in job.tests}
+            note = "FloatingPointError: step 3 | not\nfinite" if failed else ""
+            yield job, job.result().model_copy(update={"quality": quality, "note": note})
 
-    monkeypatch.setattr(ptq_table, "run_row", run_row)
+    monkeypatch.setattr(ptq_table, "rows_of", rows_of)
     return labels
 
 
@@ -129,22 +129,6 @@ def test_rows_survive_an_interruption(jobs: list[Job], made: list[str], tmp_path
     assert len(made) == 3 and "omse" in (tmp_path / "ptq.md").read_text()
     make_table(jobs, tmp_path)
     assert len(made) == 5
-
-
-@pytest.mark.parametrize(
-    ("status", "printed", "told"), [(1, "a\nlast\n\n", "last"), (1, "", "nothing"), (-9, "a", "memory")]
-)
-def test_a_process_that_ends_without_a_row_is_a_failed_row(
-    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, printed: str, told: str
-) -> None:
-    def run(command: list[str], stdout: TextIO, **how: Any) -> subprocess.CompletedProcess:
-        stdout.write(printed)
-        return subprocess.CompletedProcess(command, status)
-
-    monkeypatch.setattr(ptq_table.subprocess, "run", run)
-    row = ptq_table.run_row(jobs[1], tmp_path)
-    assert not row.quality and row.note.startswith(f"the process ended with status {status}: ") and told in row.note
-    assert row.method == "minmax"
 
 
 ROWS = [
@@ -247,13 +231,13 @@ def test_whole_table(
     arguments: dict[str, Any] = {
         "net": [f"edsr_small_x4:{demo.packaged_weights()}"], "photos": data / "photos", "images": None, "data": data,
         "sets": "Two,Other", "test": None, "method": f"{broken},minmax", "bits": "W4A4", "placement": "body", "crop": 16,
-        "calibration_images": 2, "seed": 0, "threads": 1, "device": "cpu", "retry": False, "html": True,
+        "calibration_images": 2, "seed": 0, "threads": 1, "jobs": 2, "device": "cpu", "retry": False, "html": True,
         "imports": None,
     }  # fmt: skip
     tool.main(out=out, **arguments)
     text = (out / "ptq.json").read_text()
     rows = {row.method: row for row in read_table(out / "ptq.json").rows}
-    assert list(rows) == ["float", "broken", "minmax"]
+    assert set(rows) == {"float", "broken", "minmax"}
     assert "NoSuchLoss" in rows["broken"].note and not rows["broken"].quality
     assert "Traceback" in (out / "logs" / "edsr_small_x4_broken_W4A4_body.log").read_text()
     row = rows["minmax"]
@@ -271,14 +255,16 @@ def test_whole_table(
     assert all((out / f"ptq_edsr_small_x4_{name}.png").is_file() for name in ("Two", "Other"))
     shown = capsys.readouterr().out
     assert "edsr_small_x4 minmax W4A4 body: Two" in shown and "Placement" in shown and "NoSuchLoss" in shown
+    assert "2 rows at once" in (out / "ptq.md").read_text()
     assert "ptq.html, 2 plots to" in shown and "1 row(s) failed" in shown and "only with --retry" in shown
     folders = [data / name / what for name in ("Two", "Other") for what in ("HR", "LRbicx4")]
     tool.main(out=out, **{**arguments, "data": None, "test": folders})
     assert (out / "ptq.json").read_text() == text
     capsys.readouterr()
-    tool.main(out=out, **{**arguments, "method": "minmax"})
+    tool.main(out=out, **{**arguments, "method": "minmax", "jobs": 1000})
     shown = capsys.readouterr().out
     assert "ptq.json also keeps 1 row(s) that this call did not ask for" in shown and "failed" not in shown
+    assert "1000 rows at once with 1 thread(s) each wait for one another" in shown
     with pytest.raises(SystemExit):
         tool.main(out=out, **{**arguments, "method": "pams"})
     assert "needs a training" in capsys.readouterr().err
