@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ def recognise_with_spandrel(state: Mapping[str, Tensor]) -> dict[str, Any] | Non
 
 def _spandrel() -> ModuleType:
     import_host()  # its repairs come before the import of torchvision
+    warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")  # constructors of CRAFT, DAT, RGT, HAT
     try:
         return import_module("spandrel")
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def test_weights_lead_to_options_that_rebuild_the_network(kind: str, whole: bool
     rebuilt.load_state_dict({**rebuilt.state_dict(), **state})
     image = torch.rand(1, 3, 32, 32)
     assert torch.equal(rebuilt(image), net(image))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_constructors_do_not_warn_of_a_call_of_their_own(kind: str) -> None:
+    """What a user of a network can do nothing about is not printed."""
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            small(kind)
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(one.message) for one in told if "meshgrid" in str(one.message)]
 
 
 @pytest.mark.parametrize("kind", ["CRAFT", "DAT"])
