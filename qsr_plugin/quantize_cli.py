@@ -58,6 +58,10 @@ def quantize(
     tuned: Annotated[
         bool, Option("--tune/--no-tune", help="Tune after the calibration, as the recipe says, or only calibrate.")
     ] = True,
+    steps: Annotated[
+        Optional[int],
+        Option(min=1, help="Steps of the tuning; more take longer and lose less.", show_default="the recipe's"),
+    ] = None,
     test: Annotated[
         Optional[list[Path]], Option(metavar="HR LR", help="Folders of a test set; may be repeated.")
     ] = None,
@@ -76,12 +80,18 @@ def quantize(
     from qsr_plugin.float_networks import check_enlarges, open_float_network
     from qsr_plugin.memory import keep_freed_memory
     from qsr_plugin.post_training import post_train
+    from qsr_plugin.quant.recipe import with_steps
     from qsr_plugin.quantize_report import Settings, report_quantized
 
     recipe = _recipe(method, bits, placement)
+    if steps is not None:
+        if not tuned:
+            raise typer.BadParameter("--steps are those of the tuning, which --no-tune leaves out: give one of them")
+        recipe = with_steps(recipe, steps)
     if (images is None) == (photos is None):
         raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
-    out = out or _named(weights, method, bits, placement, tuned)
+    tuning = f"{steps}steps" if steps else "" if tuned else "untuned"
+    out = out or _named(weights, method, bits, placement, tuning)
     if out.resolve() == weights.resolve():
         raise typer.BadParameter(f"-o {out} is the file of the float weights: choose another name")
     list_images(images or photos)
@@ -115,10 +125,10 @@ def _track(items: Sequence[Any], description: str) -> Iterable[Any]:
     return track(items, description, console)
 
 
-def _named(weights: Path, method: str, bits: str, placement: Optional[str], tuned: bool) -> Path:
+def _named(weights: Path, method: str, bits: str, placement: Optional[str], tuning: str) -> Path:
     """File for the result: what was chosen beside the defaults is in its name, so that variants do not replace it."""
     chosen = "" if method == DEFAULT_METHOD else Path(method).stem
-    parts = (weights.stem, chosen, bits.lower(), placement, "" if tuned else "untuned")
+    parts = (weights.stem, chosen, bits.lower(), placement, tuning)
     return Path(f"{'_'.join(filter(None, parts))}.safetensors")
 
 

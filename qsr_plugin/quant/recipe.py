@@ -75,6 +75,29 @@ def load_recipe(
         raise RecipeError(explain(error, Recipe, data)) from None
 
 
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """A recipe whose tuning takes so many steps; its stages keep their shares of them.
+
+    Args:
+        recipe: With ``tuning``.
+        steps: In all.
+
+    Raises:
+        RecipeError: If the recipe is not tuned, or has more stages than steps.
+    """
+    if recipe.tuning is None:
+        raise RecipeError(
+            f"method '{recipe.method}' only calibrates, so {steps} steps have nothing to do: leave them out"
+        )
+    lengths = [stage.iters for stage in recipe.stages]
+    ends = [round(steps * sum(lengths[: index + 1]) / sum(lengths)) for index in range(len(lengths))]
+    if min(found := [end - begin for begin, end in zip([0, *ends], ends)]) < 1:
+        usual = f"its {len(lengths)} stages usually take {sum(lengths)}"
+        raise RecipeError(f"method '{recipe.method}' cannot be tuned in {steps} steps, {usual}: give more")
+    stages = [stage.model_copy(update={"iters": length}) for stage, length in zip(recipe.stages, found)]
+    return recipe.model_copy(update={"stages": tuple(stages)})
+
+
 def _read(source: Union[str, Path, Mapping[str, Any]]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         data = {key: value for key, value in source.items() if key != "base"}

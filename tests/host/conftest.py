@@ -1,4 +1,4 @@
-"""Data for tiny runs; and the package, built from a copy of its sources and installed into environments of its own."""
+"""Data for tiny runs, ``qsr quantize`` in an empty folder; and the package, built from a copy of its sources and installed into environments of its own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
+from typer.testing import CliRunner
 
-from tests.host.harness import TIMEOUT, options, write_data
+from qsr_plugin import cli
+from tests.host.harness import TIMEOUT, options, write_data, write_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -126,3 +129,39 @@ def second_python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Pat
     python = new_environment(tmp_path_factory.mktemp("second") / "env")
     pip_install(python, built.wheel)
     return python
+
+
+@pytest.fixture
+def qsr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+    """Run ``qsr quantize`` in an empty folder; returns what it says, warnings and the error included."""
+    monkeypatch.setattr(cli.console, "_width", 400)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    caplog.set_level(logging.INFO, "qsr_plugin")
+
+    def run(*arguments: object, fails: bool = False) -> str:
+        caplog.clear()
+        given = ["quantize", *map(str, arguments)]
+        if "--method" not in given and "--no-tune" not in given:
+            given += ["--method", "minmax", "--bits", "W8A8"]
+        with cli.console.capture() as said:
+            done = CliRunner().invoke(cli.app, given, env={"COLUMNS": "400"})
+        assert (done.exit_code != 0) == fails, done.output + str(done.exception)
+        assert not fails or not list(tmp_path.glob("work/*")), "nothing is written where something is wrong"
+        text = said.get() + done.output + str(done.exception or "") + caplog.text
+        return " ".join(text.replace("│", " ").split())
+
+    return run
+
+
+@pytest.fixture
+def weights(tiny_net: Callable[..., nn.Module], tmp_path: Path) -> Path:
+    """Of a tiny EDSR x2 with random weights."""
+    path = tmp_path / "tiny.pth"
+    torch.save(tiny_net().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos", 3, side=64)

@@ -125,3 +125,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
     return [] if a == b else [f"{path}: {a!r} != {b!r}"]
+
+
+def write_pairs(folder: Path, scale: int = 2) -> tuple[Path, Path]:
+    return write_photos(folder / "HR", 2, side=64), write_photos(folder / "LR", 2, side=64 // scale)

@@ -4,189 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner
 
-from qsr_plugin import cli, load_quantized, quantize_report, save_quantized
+from qsr_plugin import save_quantized
 from qsr_plugin.data.calibration_set import crops_from_folder
 from qsr_plugin.float_networks import check_enlarges, open_float_network
 from qsr_plugin.quant.surgery import quantize_model
-from qsr_plugin.quantize_cli import DEFAULT_METHOD
-from qsr_plugin.report.evaluate import evaluate
-from qsr_plugin.report.result_files import read_points
-from tests.host import harness
+from tests.host.harness import write_pairs, write_photos
 
 SAYS = Callable[..., str]
-
-
-@pytest.fixture
-def qsr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> SAYS:
-    """Run ``qsr quantize`` in an empty folder; returns what it says, warnings and the error included."""
-    monkeypatch.setattr(cli.console, "_width", 400)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    caplog.set_level(logging.INFO, "qsr_plugin")
-
-    def run(*arguments: object, fails: bool = False) -> str:
-        caplog.clear()
-        given = ["quantize", *map(str, arguments)]
-        if "--method" not in given and "--no-tune" not in given:
-            given += ["--method", "minmax", "--bits", "W8A8"]
-        with cli.console.capture() as said:
-            done = CliRunner().invoke(cli.app, given, env={"COLUMNS": "400"})
-        assert (done.exit_code != 0) == fails, done.output + str(done.exception)
-        assert not fails or not list(tmp_path.glob("work/*")), "nothing is written where something is wrong"
-        text = said.get() + done.output + str(done.exception or "") + caplog.text
-        return " ".join(text.replace("│", " ").split())
-
-    return run
-
-
-@pytest.fixture
-def weights(tiny_net: Callable[..., nn.Module], tmp_path: Path) -> Path:
-    """Of a tiny EDSR x2 with random weights."""
-    path = tmp_path / "tiny.pth"
-    torch.save(tiny_net().state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return harness.write_photos(tmp_path / "photos", 3, side=64)
-
-
-def write_pairs(folder: Path, scale: int = 2) -> tuple[Path, Path]:
-    return harness.write_photos(folder / "HR", 2, side=64), harness.write_photos(folder / "LR", 2, side=64 // scale)
-
-
-# -- the least ---------------------------------------------------------------------------------------------------------
-
-
-def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -> None:
-    said = qsr(weights, "--photos", photos)
-    assert "tiny.pth: EDSR x2 (recognised)" in said and "num_feat 8" in said
-    assert "quantized: 4 of 8 layers at W8A8; float: 4" in said
-    assert "wrote tiny_minmax_w8a8.safetensors, tiny_minmax_w8a8.json and tiny_minmax_w8a8.html" in said
-    with torch.no_grad():
-        assert load_quantized("tiny_minmax_w8a8.safetensors")(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
-    data = json.loads(Path("tiny_minmax_w8a8.json").read_text())
-    assert data["scale"] == 2 and data["seed"] == 0 and data["details"]["source"] == "recognised"
-    assert sorted(data["calibration"]["names"]) == ["photo0.png", "photo1.png", "photo2.png"]
-    assert data["recipe"]["method"] == "minmax" and data["versions"]["torch"] == torch.__version__
-    assert [group["bits"] for group in data["details"]["layers"]] == ["W8A8", "float"] and data["seconds"][
-        "calibration"
-    ] > 0
-    page = Path("tiny_minmax_w8a8.html").read_text()
-    assert "calibration image 3" in page and "photo0.png" in page and page.count("data:image/png;base64,") == 3 * 4
-
-
-def test_defaults(qsr: SAYS, weights: Path, photos: Path) -> None:
-    assert "layers at W4A4" in qsr(weights, "--photos", photos, "--no-tune")
-    data = json.loads(Path("tiny_w4a4_untuned.json").read_text())
-    assert data["method"] == DEFAULT_METHOD and data["recipe"]["bits"] == {"weight": 4, "act": 4}
-    assert list(data["seconds"]) == ["calibration", "fragile places"] and data["tuned"] is False
-    assert "not tuned" in Path("tiny_w4a4_untuned.html").read_text()
-
-
-def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Path) -> None:
-    one, other = write_pairs(tmp_path / "One"), write_pairs(tmp_path / "Other")
-    said = qsr(weights, "--photos", photos, "--test", *one, "--test", *other, "-o", "net.safetensors")
-    assert "testing float on One" in said and "testing minmax W8A8 on Other" in said
-    data = json.loads(Path("net.json").read_text())
-    plain = data["reference"]["quality"]
-    assert list(plain) == list(data["quality"]) == ["One", "Other"]
-    assert plain["One"]["psnr"] == plain["Other"]["psnr"]
-    page = Path("net.html").read_text()
-    assert page.count("original (HR)") == 2 * 3, "below and as the text of three pictures"
-    assert {(point.label, point.test) for point in read_points(Path("net.json"))} == {
-        (label, name) for label in ("float", "minmax W8A8") for name in ("One", "Other")
-    }
-    qsr(weights, "--photos", photos, "--test", *one, "--test", *reversed((one[1], one[0])), "-o", "two.safetensors")
-    assert list(json.loads(Path("two.json").read_text())["quality"]) == ["One", "One (2)"]
-    qsr(weights, "--photos", photos, "--test", *one, "-o", "one.safetensors")
-    assert list(json.loads(Path("one.json").read_text())["quality"]) == ["One"], "as with several"
-
-
-def test_a_placement_is_in_the_name(qsr: SAYS, weights: Path, photos: Path) -> None:
-    said = qsr(weights, "--photos", photos, "--placement", "full")
-    assert load_quantized("tiny_minmax_w8a8_full.safetensors").recipe.placement == "full"
-    assert "will be replaced" not in said and "qsr export tiny_minmax_w8a8_full.safetensors --format packed" in said
-    again = qsr(weights, "--photos", photos, "--placement", "full")
-    assert "note: tiny_minmax_w8a8_full.safetensors is there and will be replaced" in again
-
-
-def test_an_interruption_is_told(qsr: SAYS, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qsr_plugin.post_training.post_train", interrupted)
-    said = qsr(weights, "--photos", photos, "-o", "net.safetensors", fails=True)
-    assert "interrupted: net.safetensors is not written" in said
-
-
-def test_what_ends_a_test_loses_nothing_made_before(
-    qsr: SAYS, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, other = write_pairs(tmp_path / "One"), write_pairs(tmp_path / "Other")
-
-    def fails_on_other(net: nn.Module, hr: Path, *rest: object, **options: object) -> object:
-        if hr == other[0]:
-            raise KeyboardInterrupt
-        return evaluate(net, hr, *rest, **options)
-
-    monkeypatch.setattr(quantize_report, "evaluate", fails_on_other)
-    CliRunner().invoke(
-        cli.app,
-        ["quantize", str(weights), "--photos", str(photos), "--method", "minmax", "-o", "net.safetensors"]
-        + [str(part) for pair in (one, other) for part in ("--test", *pair)],
-    )
-    load_quantized("net.safetensors")
-    data = json.loads(Path("net.json").read_text())
-    assert list(data["reference"]["quality"]) == list(data["quality"]) == ["One"] and data["seconds"]["calibration"] > 0
-
-
-def test_a_tuning_that_diverges_ends_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def diverge() -> None:
-        raise FloatingPointError("step 3: the gradient of conv_first.weight is not finite")
-
-    monkeypatch.setattr(cli, "app", diverge)
-    apart = SimpleNamespace(getLogger=logging.Logger, INFO=logging.INFO, WARNING=logging.WARNING)
-    monkeypatch.setattr(cli, "logging", apart)  # handlers of the command line stay out of other tests
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert capsys.readouterr().err == "error: step 3: the gradient of conv_first.weight is not finite\n"
-
-
-def test_a_method_of_a_training_says_so(qsr: SAYS, weights: Path, photos: Path) -> None:
-    note = "is made for a training (qsr train); here it is only calibrated"
-    assert f"'pams' {note}" in qsr(weights, "--photos", photos, "--method", "pams")
-    assert note not in qsr(weights, "--photos", photos, "--method", "percentile_ft", "--no-tune")
-
-
-def test_a_name_that_is_markup_stays_text(qsr: SAYS, tiny_net, photos: Path, tmp_path: Path) -> None:
-    torch.save(tiny_net().state_dict(), tmp_path / "<b>[red]x&.pth")
-    (photos / "photo0.png").rename(photos / "<img src=x onerror=alert(1)>.png")
-    assert "<b>[red]x&.pth: EDSR x2" in qsr(tmp_path / "<b>[red]x&.pth", "--photos", photos)
-    page = next(Path().glob("*.html")).read_text()
-    assert "<img src=x" not in page and "&lt;img src=x onerror" in page and "<b>[red]" not in page
-
-
-def test_adapting_methods_say_around_what(qsr: SAYS, weights: Path, photos: Path) -> None:
-    said = qsr(weights, "--photos", photos, "--method", "adabm", "--bits", "w4a4", "--no-tune")
-    assert "'adabm' adapts activations around 4 bits, 2 to 6: W4A4 is W4A4MP" in said
-    assert "layers at W4A2-6" in said and Path("tiny_adabm_w4a4_untuned.safetensors").is_file()
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -253,7 +88,7 @@ def test_no_image_that_can_be_used(qsr: SAYS, weights: Path, tmp_path: Path) -> 
 
 def test_test_sets_are_checked_before_the_work(qsr: SAYS, weights: Path, photos: Path, tmp_path: Path) -> None:
     hr, lr = write_pairs(tmp_path / "Set")
-    other = harness.write_photos(tmp_path / "Other" / "LR", 2, side=16)
+    other = write_photos(tmp_path / "Other" / "LR", 2, side=16)
     said = qsr(weights, "--photos", photos, "--test", hr, other, fails=True)
     assert "HR must be exactly 2 times LR" in said and "calibrated" not in said and "reading images" not in said
     (lr / "photo1.png").write_bytes(b"x")

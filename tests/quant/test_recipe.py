@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from qsr_plugin.quant.policy import policy_class
-from qsr_plugin.quant.recipe import Recipe, RecipeError, list_methods, load_recipe, recipe_folder
+from qsr_plugin.quant.recipe import Recipe, RecipeError, list_methods, load_recipe, recipe_folder, with_steps
 from qsr_plugin.quant.schema import Stage
 
 RULE = {"role": "block.conv", "port": "input"}
@@ -223,3 +223,21 @@ def test_an_unknown_option_of_a_policy_is_told_with_its_own() -> None:
         load_recipe("granular_dq", policy={"type": "granularity", "threshhold": 1})
     assert all(name in str(error.value) for name in policy_class("granularity").Options.model_fields)
     assert "Allowed: type" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in list_methods() if load_recipe(name).tuning is not None])
+@pytest.mark.parametrize("factor", [0.3, 1, 2.5])
+def test_stages_keep_their_shares_of_other_steps(name: str, factor: float) -> None:
+    recipe = load_recipe(name)
+    usual = [stage.iters for stage in recipe.stages]
+    steps = round(factor * sum(usual))
+    found = [stage.iters for stage in with_steps(recipe, steps).stages]
+    assert sum(found) == steps and all(abs(new - factor * old) <= 1.5 for new, old in zip(found, usual))
+    assert with_steps(recipe, sum(usual)) == recipe
+
+
+def test_steps_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RecipeError, match="'minmax' only calibrates, so 5 steps"):
+        with_steps(load_recipe("minmax"), 5)
+    with pytest.raises(RecipeError, match="'percentile_ft' cannot be tuned in 5 steps, its 10 stages usually take 500"):
+        with_steps(load_recipe("percentile_ft"), 5)
