@@ -1,4 +1,4 @@
-"""Shipped recipes for tests that run all of them, completed by what no recipe file can bring along.
+"""Recipes for tests: all shipped ones, completed by what no recipe file can bring along, and those made by hand.
 
 A recipe is *adaptive* if its policy chooses among several bit widths. Most can also be given one width, which is what
 tests at equal bits want; a policy that works around a width (``reach``) is adaptive at any.
@@ -81,3 +81,11 @@ METHODS = list_methods()
 #: Those the host can train: no learning rates in quantization steps.
 TRAINED = [name for name in METHODS if (tuning := load_recipe(name).tuning) is None or not tuning.relative]
 ADAPTIVE = [method for method in METHODS if is_adaptive(method)]
+
+
+def custom_recipe(*rules: dict, act: object = 4, weight: int = 4, **more: object) -> dict:
+    """Recipe with min-max quantizers at places given by hand."""
+    quantizers = {"act": "asymmetric", "weight": "symmetric"}
+    bits = {"weight": weight, "act": act}
+    placement = {"placement": "all", "placements": {"all": rules}}
+    return {"method": "hand", **placement, "quantizers": quantizers, "bits": bits, **more}
