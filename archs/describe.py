@@ -149,12 +149,13 @@ def describe_backbone(net: nn.Module) -> dict[str, Any]:
         net: Float or quantized network.
 
     Raises:
-        CheckpointError: For a class without a reader here.
+        CheckpointError: For a class without a reader here, or another one of the same name.
     """
     kind = getattr(net, "float_class", type(net)).__name__
-    if kind not in _READERS:
+    try:
+        return {"type": kind, **_READERS[kind](net)}
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError):
         raise CheckpointError(
             f"the constructor arguments of {kind} are not known: build it with QuantNet, or set net.backbone_options = "
             "{'type': ..., and its arguments} before saving"
-        )
-    return {"type": kind, **_READERS[kind](net)}
+        ) from None

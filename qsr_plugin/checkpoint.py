@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -87,13 +87,23 @@ def check_quantized_path(path: Union[str, Path]) -> None:
     check_writable(path)
 
 
+def backbone_of(net: nn.Module) -> dict[str, Any]:
+    """Type and constructor arguments of a network: what it was built from, or what its layers tell.
+
+    Raises:
+        CheckpointError: If neither says it.
+    """
+    known = getattr(net, "backbone_options", None)
+    if known is not None:
+        return known
+    from qsr_plugin.archs.describe import describe_backbone
+
+    return describe_backbone(net)
+
+
 def metadata_of(net: nn.Module) -> dict[str, str]:
     """Text that goes with a quantized network's tensors."""
-    backbone = getattr(net, "backbone_options", None)
-    if backbone is None:
-        from qsr_plugin.archs.describe import describe_backbone
-
-        backbone = describe_backbone(net)
+    backbone = backbone_of(net)
     return {
         "format": str(FORMAT),
         "qsr_plugin": __version__,
@@ -208,11 +218,20 @@ def load_float_weights(net: nn.Module, path: Union[str, Path], prefer: str = "pa
         raise CheckpointError(
             f"{path} does not fit {kind.__name__} ({len(problems)} differences, the network has {len(expected)} keys); "
             "nothing was loaded. Check backbone type, sizes and scale. First differences:\n  "
-            + "\n  ".join(problems[:8])
+            + "\n  ".join(_some_of_each(problems))
         )
     net.load_state_dict({**own, **state})
     logger.info("loaded %d of %d keys of the float network from %s", len(state), len(expected), path)
     return len(state)
+
+
+def _some_of_each(problems: Sequence[str], most: int = 4) -> list[str]:
+    """The first of every kind: what is missing, what is unexpected, what has another shape."""
+    kinds: dict[str, list[str]] = {}
+    for line in problems:
+        kinds.setdefault(line.partition(":")[0], []).append(line)
+    shown = [line for lines in kinds.values() for line in lines[: most if len(kinds) > 1 else 2 * most]]
+    return [*shown, *([f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else [])]
 
 
 def key_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from qsr_plugin.progress import Progress, no_progress
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantize_model
+
+logger = logging.getLogger("qsr_plugin")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def post_train(
         FloatingPointError: If the tuning meets a loss or a gradient that is not finite.
     """
     seconds: dict[str, float] = {}
+    _tell_unnamed(float_net)
     net, fragile = _calibrated(float_net, recipe, crops, seconds, progress), ()
     if recipe.fragile is not None:
         from qsr_plugin.fragile_places import with_fragile_places
@@ -71,6 +75,16 @@ def post_train(
         seconds |= tune(net, float_net, crops, progress=lambda steps: progress(steps, "tuning"))
     net._last_record = None  # bits chosen on calibration crops are no figure of the network
     return PostTrained(net, recipe, seconds, fragile)
+
+
+def _tell_unnamed(float_net: nn.Module) -> None:
+    """Warn before the work of a network that cannot be saved as it is."""
+    from qsr_plugin.checkpoint import CheckpointError, backbone_of
+
+    try:
+        backbone_of(float_net)
+    except CheckpointError as error:
+        logger.warning("save_quantized will not take this network: %s", error)
 
 
 def _calibrated(

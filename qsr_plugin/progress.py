@@ -40,7 +40,7 @@ def track(items: Iterable[Item], description: str, console: Console) -> Iterator
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - told >= EVERY:
+        if now - told >= EVERY and count != total:  # the end is told below
             told = now
             console.print(f"{description}: {_so_far(count, total, now - begun)}", highlight=False)
     console.print(f"{description}: {count} in {_clock(time.monotonic() - begun)}", highlight=False)

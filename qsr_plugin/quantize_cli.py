@@ -54,7 +54,10 @@ def quantize(
     bits: Annotated[
         str, Option(help="Weight and activation bits, e.g. W4A4; 32 is float. W4A4MP: a method that adapts them.")
     ] = "W4A4",
-    placement: Annotated[Optional[str], Option(help="Which layers: a placement of the recipe.")] = None,
+    placement: Annotated[
+        Optional[str],
+        Option(help="Which layers: a placement of the recipe, e.g. body or full.", show_default="the recipe's"),
+    ] = None,
     tuned: Annotated[
         bool, Option("--tune/--no-tune", help="Tune after the calibration, as the recipe says, or only calibrate.")
     ] = True,
@@ -95,13 +98,13 @@ def quantize(
     if out.resolve() == weights.resolve():
         raise typer.BadParameter(f"-o {out} is the file of the float weights: choose another name")
     list_images(images or photos)
+    check_quantized_path(out)
     network = open_float_network(weights, arch, scale)
     told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
     console.print(told, highlight=False, markup=False)
     _check_fits(network.net, recipe)
     _tell_guessed(network.net)
     tests = _test_sets(test or [], network.scale)
-    check_quantized_path(out)
     if out.exists():
         told = f"note: {out} is there and will be replaced, with its .json and .html; -o gives another name"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
@@ -181,9 +184,10 @@ def _tell_guessed(net: Any) -> None:
         return
     named = {role: ", ".join(brief_names(roles.get(role, ()))) for role in ("head", "upsampler", "tail")}
     ends = "; ".join(f"{role} {names}" for role, names in named.items() if names)
+    body = len(roles.get("block.conv", ()))
     console.print(
-        f"{type(net).__name__} has no role table. Guessed from a run: {ends}; the body is the other "
-        f"{len(roles.get('block.conv', ()))} layers", highlight=False, markup=False,
+        f"{type(net).__name__} has no role table. Guessed from a run: {ends}; the body is the other {body} layers, "
+        "with any behind the blocks", highlight=False, markup=False,
     )  # fmt: skip
 
 

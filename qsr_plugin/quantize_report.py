@@ -42,6 +42,8 @@ from qsr_plugin.report_cli import console
 _EXAMPLES, _SMALL = 3, 16
 #: Crops on which the networks are compared, and the PSNR below which something is wrong, by the least bits of a recipe.
 _COMPARED, _ALIKE = 8, ((8, 40.0), (0, 30.0))
+#: Below this PSNR it makes something else, and the share of MACs from which on float layers are told.
+_OTHER, _MUCH = 18.0, 0.25
 
 TestSets = Mapping[str, tuple[Path, Path]]
 Scores = dict[str, dict[str, Scored]]
@@ -120,10 +122,11 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     groups = layer_groups(costs, made.recipe)
     for line in layer_lines(groups):
         console.print(line, highlight=False, markup=False)
-    if made.fragile:
-        console.print(
-            f"{settings.label}: the + is for more bits at {len(made.fragile)} fragile places", highlight=False
-        )
+    if told := _float_share(costs, made.recipe):
+        console.print(told, highlight=False)
+    if count := len(made.fragile):
+        places = "place" if count == 1 else "places"
+        console.print(f"{settings.label}: the + is for more bits at {count} fragile {places}", highlight=False)
     likeness = _likeness(nets, crops)
     console.print(
         f"PSNR of its output against the float network's, on calibration images: {likeness:.1f} dB", highlight=False
@@ -132,12 +135,14 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     usual = next(psnr for least, psnr in _ALIKE if bits >= least)
     if likeness < usual:
         more = "" if bits >= 8 else "more bits (--bits W8A8, W4A8), "
+        told = "another picture, so the network is of no use" if likeness < _OTHER else "low"
         console.print(
-            f"warning: that is low, {usual:.0f} dB and more are usual. Try {more}--method auto, or more images like "
+            f"warning: that is {told}; {usual:.0f} dB and more are usual. Try {more}--method auto, or more images like "
             "those the network is for", style="yellow", highlight=False,
         )  # fmt: skip
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
     known, more = settings.result(), {"psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
+    more["tests"] = {name: [str(folder) for folder in pair] for name, pair in tests.items()}
     known = known.model_copy(update={"costs": Costs.of(costs), "details": {**known.details, **more}})
     write_results(known, json)  # what ends a test later does not lose the settings
     scores: Scores = {}
@@ -162,6 +167,15 @@ def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
     with torch.no_grad():
         plain, quantized = (net(crops[0][:_COMPARED]).clamp(0, 1) for net in nets.values())
     return -10 * math.log10(max(float((plain - quantized).square().mean()), 1e-12))
+
+
+def _float_share(costs: ComplexityReport, recipe: Recipe) -> str:
+    """What is left in float, if it does much of the work; else nothing."""
+    left = sum(site.macs for site in costs.sites if not site.quantized) / costs.macs
+    if left < _MUCH:
+        return ""
+    more = "; --placement full quantizes them" if "full" in recipe.placements and recipe.placement != "full" else ""
+    return f"the float layers do {left:.0%} of all MACs{more}"
 
 
 def _least_bits(recipe: Recipe) -> int:

@@ -29,6 +29,13 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch) -> None:
     assert told == ["tuning: 2 of 3 in 0:00:40, 0:00:20 left", "tuning: 3 in 0:01:20"]
 
 
+def test_the_end_is_told_once(monkeypatch) -> None:
+    seconds = iter(range(0, 200, 20))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    told = shown([1, 2, 3, 4], terminal=False)[1].splitlines()
+    assert told == ["tuning: 2 of 4 in 0:00:40, 0:00:40 left", "tuning: 4 in 0:01:40"]
+
+
 def test_without_a_length_there_is_no_time_left(monkeypatch) -> None:
     seconds = iter(range(0, 200, 40))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))

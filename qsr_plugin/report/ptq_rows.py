@@ -187,7 +187,7 @@ def _cells(row: PtqRow, tests: Sequence[str]) -> list[str]:
         "" if row.memory is None else size(8 * row.memory),
     ]
     method = f"{row.method} (failed)" if row.failed and not tests else row.method
-    return [method, row.bits, row.placement, *scores[: len(tests)], *costs]
+    return [method, f"{row.bits}+" if row.fragile else row.bits, row.placement, *scores[: len(tests)], *costs]
 
 
 def _score(means: Mapping[str, float] | None) -> str:

@@ -2,7 +2,8 @@
 
 The damage of a set of places is the mean over the images of the squared error at the network's output, when these
 places quantize and all others hand their tensors through as they are. It is measured against the same network with no
-place quantizing, so neither ground truth nor a second network is needed.
+place quantizing, so neither ground truth nor a second network is needed. An image counts with an error of 1 at most,
+that of black for white: in some networks one layer alone makes features explode, and the others would look harmless.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class SiteDamage:
     Attributes:
         name: Dotted module name.
         bits: Port to the bit widths its quantizer may use: its weight and its activations.
-        error: Mean over the images of the squared error at the output, RGB in [0, 1], with all its ports quantized.
+        error: Mean over the images of the squared error at the output, RGB in [0, 1], with all its ports quantized; at
+            most 1.
         psnr: The same in dB against the float output, peak 1; infinite without any error.
         share: Part of the sum of these errors over all sites, 0 to 1.
         parts: Port to the PSNR with this port alone; empty if it was not measured.
@@ -189,7 +191,8 @@ def _add_errors(net: nn.Module, batch: Tensor, sums: dict[frozenset[str], Tensor
     for group, total in sums.items():
         with only_places(group):
             difference = net(batch) - wanted
-        total += difference.double().square().flatten(1).mean(1).sum()
+        errors = difference.double().square().flatten(1).mean(1)
+        total += torch.where(errors.isfinite(), errors.clamp(max=1.0), errors).sum()
         for _ in range(len(batch)):
             next(steps, None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,8 @@ def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Pat
     data = json.loads(Path("net.json").read_text())
     plain = data["reference"]["quality"]
     assert list(plain) == list(data["quality"]) == ["One", "Other"]
+    assert data["details"]["tests"] == {"One": list(map(str, one)), "Other": list(map(str, other))}
+    assert re.search(r"the float layers do \d\d% of all MACs; --placement full quantizes them", said)
     assert plain["One"]["psnr"] == plain["Other"]["psnr"]
     page = Path("net.html").read_text()
     assert page.count("original (HR)") == 2 * 3, "below and as the text of three pictures"
@@ -70,7 +73,11 @@ def test_several_test_sets(qsr: SAYS, weights: Path, photos: Path, tmp_path: Pat
 def test_a_placement_is_in_the_name(qsr: SAYS, weights: Path, photos: Path) -> None:
     said = qsr(weights, "--photos", photos, "--placement", "full")
     assert load_quantized("tiny_minmax_w8a8_full.safetensors").recipe.placement == "full"
-    assert "will be replaced" not in said and "qsr export tiny_minmax_w8a8_full.safetensors --format packed" in said
+    assert (
+        "float layers do" not in said
+        and "will be replaced" not in said
+        and "qsr export tiny_minmax_w8a8_full.safetensors --format packed" in said
+    )
     again = qsr(weights, "--photos", photos, "--placement", "full")
     assert "note: tiny_minmax_w8a8_full.safetensors is there and will be replaced" in again
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsr_plugin import fragile_places, load_recipe
+from qsr_plugin import fragile_places, load_recipe, save_quantized
+from qsr_plugin.checkpoint import CheckpointError
 from qsr_plugin.post_training import post_train
 from qsr_plugin.quant.schema import Rule
 from qsr_plugin.quant.surgery import quantizers
@@ -62,3 +63,28 @@ def test_fragile_places_get_their_bits_before_the_tuning(tiny_net, images, monke
 def test_no_crops(tiny_net) -> None:
     with pytest.raises(ValueError, match="no calibration images"):
         post_train(tiny_net(), recipe(), [])
+
+
+def test_a_network_that_cannot_be_saved_is_told_before_the_work(
+    tiny_net, images, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of a class that no file can name, and one that has the name of another; not one that says what it is."""
+
+    class Plain(torch.nn.Sequential):
+        pass
+
+    for kind in (Plain, type("EDSR", (Plain,), {})):
+        caplog.clear()
+        own = kind(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1))
+        asked = recipe(placements={"body": [{"match": "?", "port": "input"}, {"match": "?", "port": "weight"}]})
+        made = post_train(own, asked, images)
+        told = f"the constructor arguments of {kind.__name__} are not known"
+        assert told in caplog.text and "calibrated" not in caplog.text.split(told)[0]
+        with pytest.raises(CheckpointError, match=told):
+            save_quantized(made.net, "net.safetensors")
+        caplog.clear()
+        own.backbone_options = {"type": "Plain"}
+        post_train(own, asked, images)
+        assert "save_quantized" not in caplog.text
+    post_train(tiny_net(), recipe(), images)
+    assert "save_quantized" not in caplog.text

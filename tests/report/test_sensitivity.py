@@ -20,6 +20,7 @@ from qsr_plugin import calibrate, cli, load_quantized, load_recipe, quantize_mod
 from qsr_plugin.checkpoint import save_torch
 from qsr_plugin.quant.quantizer import NotCalibratedError
 from qsr_plugin.quant.record import only_places
+from qsr_plugin.quant.surgery import quantizers
 from qsr_plugin.report import sensitivity as measuring
 from qsr_plugin.report.sensitivity import Sensitivity, SiteDamage, output_errors, psnr, sensitivity
 from qsr_plugin.report.sensitivity_views import sensitivity_plot, sensitivity_table
@@ -52,6 +53,19 @@ def test_errors_are_means_over_images_of_different_sizes(tiny, net: nn.Module, s
     with torch.no_grad():
         whole = sum((net(shot) - float_net(shot)).double().square().mean().item() for shot in shots) / 4
     assert found.psnr == pytest.approx(psnr(whole), abs=1e-3)
+
+
+def test_an_image_counts_with_the_error_of_black_for_white_at_most(net: nn.Module, shots) -> None:
+    """A layer that makes features explode comes first, with 0 dB, and leaves the others their shares."""
+    usual = sensitivity(net, shots, parts=False)
+    dict(quantizers(net))["conv_last.input"].upper.data.fill_(1e9)
+    dict(quantizers(net))["conv_last.input"].lower.data.fill_(1e8)
+    found = sensitivity(net, shots, parts=False)
+    worst, *others = found.sites
+    assert (worst.name, worst.error, worst.psnr) == ("conv_last", 1.0, 0.0) and found.psnr == 0.0
+    assert {row.name: row.error for row in others} == {
+        row.name: row.error for row in usual.sites if row.name != "conv_last"
+    }
 
 
 def test_ranked_with_shares_that_add_up(net: nn.Module, shots) -> None:

@@ -147,7 +147,7 @@ def test_markdown() -> None:
     """A table for each network with its own sets; the best is bold, failures are told below."""
     text = to_markdown(ROWS, ["on 3 photos"])
     assert "* on 3 photos" in text and text.index("## net") < text.index("## other")
-    assert "| a | W4A4 | body | **30.10/0.8800** | 4.50 | 1 T | 1 MB | 5.2 | 500 MB |" in text
+    assert "| a | W4A4+ | body | **30.10/0.8800** | 4.50 | 1 T | 1 MB | 5.2 | 500 MB |" in text
     assert "| b | W4A4 | body | 29.00/0.8700 | 4.00 |  |  | 12 |  |" in text
     assert "| float |  |  | 31.50/0.9000 | 32.00 | 2 T |" in text
     assert "| c | W4A4 | body | failed |" in text and "* net c W4A4 body failed: ValueError: a | b c" in text
