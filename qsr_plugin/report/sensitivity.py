@@ -2,8 +2,8 @@
 
 The damage of a set of places is the mean over the images of the squared error at the network's output, when these
 places quantize and all others hand their tensors through as they are. It is measured against the same network with no
-place quantizing, so neither ground truth nor a second network is needed. An image counts with an error of 1 at most,
-that of black for white: in some networks one layer alone makes features explode, and the others would look harmless.
+place quantizing, so neither ground truth nor a second network is needed. An image counts with an error of
+:data:`LOST` at most: in some networks one layer alone makes features explode, and all others would look harmless.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from qsr_plugin.report.complexity import method_label
 
 #: LR pixels that run together at most, if images are smaller than that: eight crops of 96x96.
 PIXELS = 8 * 96 * 96
+#: Mean squared error, 10 dB, at which nothing is left of an image, so that it does not matter how much larger it is.
+LOST = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class SiteDamage:
         name: Dotted module name.
         bits: Port to the bit widths its quantizer may use: its weight and its activations.
         error: Mean over the images of the squared error at the output, RGB in [0, 1], with all its ports quantized; at
-            most 1.
+            most :data:`LOST`.
         psnr: The same in dB against the float output, peak 1; infinite without any error.
         share: Part of the sum of these errors over all sites, 0 to 1.
         parts: Port to the PSNR with this port alone; empty if it was not measured.
@@ -192,7 +194,7 @@ def _add_errors(net: nn.Module, batch: Tensor, sums: dict[frozenset[str], Tensor
         with only_places(group):
             difference = net(batch) - wanted
         errors = difference.double().square().flatten(1).mean(1)
-        total += torch.where(errors.isfinite(), errors.clamp(max=1.0), errors).sum()
+        total += torch.where(errors.isfinite(), errors.clamp(max=LOST), errors).sum()
         for _ in range(len(batch)):
             next(steps, None)
 
