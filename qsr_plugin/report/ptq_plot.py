@@ -21,12 +21,15 @@ _PANEL, _LINE, _EDGES = 3.3, 0.4, 1.2  # inches: width of a panel, height of a m
 _NAMES = 1.7  # inches for the names of the methods
 _TEXT, _GREY = 9.0, "0.45"
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
+#: Decibels below the best of a panel, or the float network, that its axis shows; what is worse is at its left edge.
+_SHOWN = 6.0
 
 
 def ptq_plot(rows: Sequence[PtqRow], test: str, path: str | Path, *, title: str = "") -> None:
     """Draw the PSNR of each method as a dot, by bits and placement; the float network as a dashed line.
 
-    Beside the name of a method stands the median of the seconds it took. Rows without a score are left out.
+    Scores far below the others are arrows at the left edge. Below the name of a method stands the median of the seconds
+    it took. Rows without a score are left out.
 
     Args:
         rows: Of one network.
@@ -71,20 +74,27 @@ def _panel(
     axes: Axes, rows: Sequence[PtqRow], test: str, methods: list[str], placements: list[str], level: float | None
 ) -> None:
     """Dots with their values, those of one method below each other by placement."""
+    scores = [row.scores[test]["psnr"] for row in rows] + ([] if level is None else [level])
+    high = max(scores)
+    low = min(score for score in scores if score >= high - _SHOWN)
+    span = max(high - low, 0.1)
+    left = low - 0.3 * span  # room for the values, and for arrows
     for row in rows:
         number, psnr = placements.index(row.placement), row.scores[test]["psnr"]
         place = methods.index(row.method) + (number - (len(placements) - 1) / 2) * 0.8 / len(placements)
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        axes.plot([psnr], [place], color=colour, marker=marker, markersize=6.5, zorder=3, clip_on=False)
+        away = psnr < low
+        axes.plot(
+            [left if away else psnr], [place], color=colour, marker="<" if away else marker, markersize=6.5, zorder=3,
+            clip_on=False,
+        )  # fmt: skip
         axes.annotate(
-            f"{psnr:.2f}", (psnr, place), (7, 0), textcoords="offset points", va="center", fontsize=_TEXT - 1,
-            path_effects=_HALO, zorder=4,
+            f"{psnr:.2f}", (left if away else psnr, place), (7 if away else -7, 0), textcoords="offset points",
+            ha="left" if away else "right", va="center", fontsize=_TEXT - 1, path_effects=_HALO, zorder=4,
         )  # fmt: skip
     if level is not None:
         axes.axvline(level, color=_GREY, linewidth=1, linestyle="--", zorder=1)
-    low, high = axes.dataLim.intervalx
-    span = max(high - low, 0.1)
-    axes.set_xlim(low - 0.08 * span, high + 0.25 * span)  # room for the values
+    axes.set_xlim(left, high + 0.08 * span)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=_TEXT - 0.5)

@@ -176,6 +176,19 @@ def test_plot(tmp_path: Path) -> None:
             ptq_plot(rows, test, tmp_path / "no.png")
 
 
+@pytest.mark.parametrize("lowest", [29.0, 9.0])
+def test_scores_far_below_do_not_stretch_the_axis(lowest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are arrows at its left edge, with their values."""
+    figures = []
+    monkeypatch.setattr("qsr_plugin.report.ptq_plot.save_figure", lambda figure, path: figures.append(figure))
+    row = PtqRow("net", "d", "W4A4", "body", {"Two": {"psnr": lowest, "ssim": 0.1, "fab": 4.0}})
+    ptq_plot([*ROWS[:3], row], "Two", "plot.png")
+    (axes,) = figures[0].axes
+    assert 27 < axes.get_xlim()[0] < 29 and axes.get_xlim()[1] < 33
+    assert f"{lowest:.2f}" in [text.get_text() for text in axes.texts]
+    assert [line.get_marker() for line in axes.lines].count("<") == (lowest == 9.0)
+
+
 def test_what_cannot_be_is_refused_before_any_work(data: Path, tmp_path: Path) -> None:
     """The message names what was given and what to do."""
     weights = demo.packaged_weights()
