@@ -154,8 +154,8 @@ def describe_backbone(net: nn.Module) -> dict[str, Any]:
     kind = getattr(net, "float_class", type(net)).__name__
     try:
         return {"type": kind, **_READERS[kind](net)}
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError):
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
         raise CheckpointError(
             f"the constructor arguments of {kind} are not known: build it with QuantNet, or set net.backbone_options = "
             "{'type': ..., and its arguments} before saving"
-        ) from None
+        ) from error

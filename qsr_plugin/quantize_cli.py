@@ -63,7 +63,7 @@ def quantize(
     ] = True,
     steps: Annotated[
         Optional[int],
-        Option(min=1, help="Steps of the tuning; more take longer and lose less.", show_default="the recipe's"),
+        Option(min=1, help="Steps of the tuning in all; more take longer.", show_default="the recipe's"),
     ] = None,
     test: Annotated[
         Optional[list[Path]], Option(metavar="HR LR", help="Folders of a test set; may be repeated.")

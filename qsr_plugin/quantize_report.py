@@ -171,7 +171,7 @@ def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
 
 def _float_share(costs: ComplexityReport, recipe: Recipe) -> str:
     """What is left in float, if it does much of the work; else nothing."""
-    left = sum(site.macs for site in costs.sites if not site.quantized) / costs.macs
+    left = 1 - costs.quantized_share
     if left < _MUCH:
         return ""
     more = "; --placement full quantizes them" if "full" in recipe.placements and recipe.placement != "full" else ""

@@ -198,6 +198,11 @@ class ComplexityReport:
     policy_ops: int = 0
     patches: PatchOptions | None = None
 
+    @property
+    def quantized_share(self) -> float:
+        """Part of the MACs that quantized layers do, 0 to 1; 0 of a network without any."""
+        return sum(row.macs for row in self.sites if row.quantized) / self.macs if self.macs else 0.0
+
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; the convention is spelt out as ``convention_text``, the patches as ``protocol``."""
         texts = {"convention_text": CONVENTIONS[self.convention].stated, "protocol": protocol(self.patches)}

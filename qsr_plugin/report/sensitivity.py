@@ -151,7 +151,7 @@ def output_errors(
         progress: Shows how far it is.
 
     Returns:
-        Group to the mean over the images of the squared error, and the number of images.
+        Group to the mean over the images of the squared error, at most :data:`LOST`, and the number of images.
 
     Raises:
         RuntimeError, ValueError: See :func:`sensitivity`.

@@ -54,15 +54,14 @@ def summary_table(report: ComplexityReport, scores: Mapping[str, EvaluationResul
     table = Table(title=f"{report.network}, {report.method}", caption=counted, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    quantized = [row for row in report.sites if row.quantized]
-    share = sum(row.macs for row in quantized) / report.macs if report.macs else 0.0
+    quantized = sum(row.quantized for row in report.sites)
     running, stored = report.blocks or (0, 0)
     unit = CONVENTIONS[report.convention].unit
     rows = {"Blocks": f"{running} of {stored} run"} if stored else {}
     rows |= {
         "Parameters": f"{report.parameters:,}",
         "MACs": quantity(report.macs),
-        "in quantized layers": f"{share:.1%} ({len(quantized)} of {len(report.sites)} layers)",
+        "in quantized layers": f"{report.quantized_share:.1%} ({quantized} of {len(report.sites)} layers)",
         "FAB": known(report.fab, "{:.2f} bits"),
         "FAB weighted by MACs": known(report.weighted_fab, "{:.2f} bits"),
         unit: operations(report.bitops),

@@ -267,7 +267,7 @@ def test_the_old_file_stays_readable_until_the_new_one_is_complete(tmp_path: Pat
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444, "other users can read it"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions")
+@pytest.mark.skipif(os.name != "posix", reason="this system has no POSIX permissions")
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     path, before = tmp_path / "net.pth", os.umask(0o027)
     try:

@@ -1,4 +1,4 @@
-"""Data for tiny runs, ``qsr quantize`` in an empty folder; and the package, built from a copy of its sources and installed into environments of its own."""
+"""Data for tiny runs; ``qsr quantize`` in an empty folder; the package, built and installed into environments of its own."""
 
 from __future__ import annotations
 
@@ -164,4 +164,5 @@ def weights(tiny_net: Callable[..., nn.Module], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
+    """Folder of three photos."""
     return write_photos(tmp_path / "photos", 3, side=64)

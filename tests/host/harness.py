@@ -128,4 +128,5 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def write_pairs(folder: Path, scale: int = 2) -> tuple[Path, Path]:
+    """Folders HR and LR of two photos each, whose sizes belong together and whose contents do not."""
     return write_photos(folder / "HR", 2, side=64), write_photos(folder / "LR", 2, side=64 // scale)

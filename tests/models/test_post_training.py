@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_no_crops(tiny_net) -> None:
 
 
 def test_a_network_that_cannot_be_saved_is_told_before_the_work(
-    tiny_net, images, caplog: pytest.LogCaptureFixture
+    tiny_net, images, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One of a class that no file can name, and one that has the name of another; not one that says what it is."""
 
@@ -81,7 +83,7 @@ def test_a_network_that_cannot_be_saved_is_told_before_the_work(
         told = f"the constructor arguments of {kind.__name__} are not known"
         assert told in caplog.text and "calibrated" not in caplog.text.split(told)[0]
         with pytest.raises(CheckpointError, match=told):
-            save_quantized(made.net, "net.safetensors")
+            save_quantized(made.net, tmp_path / "net.safetensors")
         caplog.clear()
         own.backbone_options = {"type": "Plain"}
         post_train(own, asked, images)
