@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from qsr_plugin.report.plots import check_ending, save_figure
-from qsr_plugin.report.sensitivity import Sensitivity, SiteDamage
+from qsr_plugin.report.sensitivity import LOST, Sensitivity, SiteDamage, psnr
 
 #: Layers that a picture shows; the others are one line below it.
 MOST = 40
@@ -146,7 +146,10 @@ def _bits(row: SiteDamage) -> str:
 
 
 def _decibels(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "same"
+    """With one decimal; damage is not counted beyond that of a lost image, so the lowest value stands for less too."""
+    if not math.isfinite(value):
+        return "same"
+    return f"{value:.1f}" if value > psnr(LOST) + 1e-6 else f"<= {value:.1f}"
 
 
 def _percent(share: float) -> str:
