@@ -24,3 +24,8 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Allowed: {', '.join(options) or '(nothing)'}."
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

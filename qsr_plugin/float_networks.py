@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsr_plugin.checkpoint import float_state, load_float_weights
-from qsr_plugin.errors import UserError
+from qsr_plugin.errors import UserError, first_line
 from qsr_plugin.options_file import backbone_options, options_folder
 
 logger = logging.getLogger("qsr_plugin")
@@ -110,7 +110,7 @@ def _scale_in_use(net: nn.Module, weights: Path) -> int:
         with torch.no_grad():
             out = net(torch.full((1, 3, _TRIED, _TRIED), 0.5))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{weights}: {kind} does not take an RGB image of {_TRIED}x{_TRIED}: {reason}") from None
     if not isinstance(out, Tensor) or out.dim() != 4:
         raise UserError(f"{weights}: {kind} returns no image, so it is no super-resolution network")
@@ -138,10 +138,11 @@ def check_enlarges(network: FloatNetwork, crop: Tensor) -> float:
     Returns:
         PSNR in dB.
     """
+    crop = crop[:1].to(next(network.net.parameters()).device)
     with torch.no_grad():
-        out = network.net(crop[:1]).clamp(0, 1)
+        out = network.net(crop).clamp(0, 1)
     height, width = (network.scale * side for side in crop.shape[2:])
-    error = float(F.mse_loss(F.avg_pool2d(out[..., :height, :width], network.scale), crop[:1]))
+    error = float(F.mse_loss(F.avg_pool2d(out[..., :height, :width], network.scale), crop))
     psnr = -10 * torch.tensor(max(error, 1e-12)).log10().item()
     if psnr < _ALIKE:
         logger.warning(

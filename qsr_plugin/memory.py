@@ -56,8 +56,12 @@ def free_memory(device: torch.device | str) -> int:
     return min([1024 * int(sizes["MemAvailable"].split()[0]), *_left_by_limits()])
 
 
-def peak_memory() -> int:
-    """Bytes of main memory this process has held at its peak."""
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes this process has held at its peak: on a CUDA device in PyTorch's tensors, else of main memory."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     own = _read(_STATUS)  # unlike getrusage, not inherited from the process that started this one
     found = [int(line.split()[1]) for line in own.splitlines() if line.startswith("VmHWM")]
     if found:

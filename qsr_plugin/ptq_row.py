@@ -170,8 +170,7 @@ def make_row(job: Job) -> Result:
         torch.manual_seed(job.crops.seed)
         keep_freed_memory()  # as the command line does
         net, made = _post_trained(job, device)
-        on_gpu = device.type == "cuda"
-        made["peak_memory"] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+        made["peak_memory"] = peak_memory(device)
     results = {name: evaluate(net, hr, lr, job.scale) for name, (hr, lr) in job.tests.items()}
     costs = complexity(net, bits=next(iter(results.values())).place_bits)
     figures = {

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from qsr_plugin import compat
+from qsr_plugin.errors import UserError, first_line
 from qsr_plugin.progress import track
 from qsr_plugin.report_cli import console, set_name
 
@@ -69,6 +70,7 @@ def quantize(
         Optional[list[Path]], Option(metavar="HR LR", help="Folders of a test set; may be repeated.")
     ] = None,
     seed: Annotated[int, Option(help="Seed of the draw of calibration crops.")] = 0,
+    device: Annotated[str, Option(help="Where the networks run: cpu, cuda, cuda:1.")] = "cpu",
     out: Annotated[
         Optional[Path], Option("-o", "--out", help="Quantized model to write, .safetensors; else here, NAME_w4a4.")
     ] = None,
@@ -78,8 +80,11 @@ def quantize(
     Writes OUT.safetensors, OUT.json (settings, scores, costs) and OUT.html (a page with pictures).
     """
     compat.import_host()
+    from torch import OutOfMemoryError
+
     from qsr_plugin.checkpoint import check_quantized_path, save_quantized
     from qsr_plugin.data.images import list_images
+    from qsr_plugin.device import usable_device
     from qsr_plugin.float_networks import check_enlarges, open_float_network
     from qsr_plugin.memory import keep_freed_memory
     from qsr_plugin.post_training import post_train
@@ -99,6 +104,7 @@ def quantize(
         raise typer.BadParameter(f"-o {out} is the file of the float weights: choose another name")
     list_images(images or photos)
     check_quantized_path(out)
+    place = usable_device(device)
     network = open_float_network(weights, arch, scale)
     told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
     console.print(told, highlight=False, markup=False)
@@ -112,6 +118,7 @@ def quantize(
     crops = _crops(images, photos, recipe, network.scale, seed, used)
     if len(used) < _FEW:
         console.print(f"note: only {len(used)} image(s) to calibrate on; {_FEW} or more are advised", highlight=False)
+    network.net.to(place)
     check_enlarges(network, crops[0])
     keep_freed_memory()
     try:
@@ -119,6 +126,11 @@ def quantize(
     except KeyboardInterrupt:
         console.print(f"interrupted: {out} is not written", highlight=False, markup=False, soft_wrap=True)
         raise
+    except OutOfMemoryError as error:
+        raise UserError(
+            f"{place} has too little memory: {first_line(error)} Free some, take --device cpu, or a recipe with a "
+            f"smaller calibration.batch, here {recipe.calibration.batch}"
+        ) from None
     save_quantized(made.net, out)
     settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
     report_quantized(settings, tests, crops)

@@ -83,6 +83,11 @@ class Settings:
         """Whether stages of the recipe ran after the calibration."""
         return "teacher" in self.made.seconds
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks ran."""
+        return next(self.made.net.parameters()).device
+
     def result(self) -> Result:
         """What is known before any test."""
         network = self.network
@@ -98,9 +103,9 @@ class Settings:
             seed=self.seed,
             calibration=CalibrationImages(folder=self.folder, seed=self.seed, **images),
             seconds=self.made.seconds,
-            peak_memory=peak_memory(),
+            peak_memory=peak_memory(self.device),
             reference=Result(label=FLOAT, costs=Costs.of(complexity(network.net), sites=False), **shared),
-            details={"source": network.source, "fragile": list(self.made.fragile)},
+            details={"source": network.source, "device": str(self.device), "fragile": list(self.made.fragile)},
         )
 
 
@@ -127,7 +132,7 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     if count := len(made.fragile):
         places = "place" if count == 1 else "places"
         console.print(f"{settings.label}: the + is for more bits at {count} fragile {places}", highlight=False)
-    likeness = _likeness(nets, crops)
+    likeness = _likeness(nets, crops[0][:_COMPARED].to(settings.device))
     console.print(
         f"PSNR of its output against the float network's, on calibration images: {likeness:.1f} dB", highlight=False
     )
@@ -162,10 +167,10 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-def _likeness(nets: Mapping[str, Any], crops: Sequence[Tensor]) -> float:
-    """PSNR in dB between the outputs of the two networks on some of the crops."""
+def _likeness(nets: Mapping[str, Any], crops: Tensor) -> float:
+    """PSNR in dB between the outputs of the two networks on some crops."""
     with torch.no_grad():
-        plain, quantized = (net(crops[0][:_COMPARED]).clamp(0, 1) for net in nets.values())
+        plain, quantized = (net(crops).clamp(0, 1) for net in nets.values())
     return -10 * math.log10(max(float((plain - quantized).square().mean()), 1e-12))
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from qsr_plugin import compat, ptq_table
 from qsr_plugin.checkpoint import write_atomically
+from qsr_plugin.device import usable_device
 from qsr_plugin.errors import UserError
 from qsr_plugin.own_modules import import_own
 from qsr_plugin.progress import track
@@ -84,6 +85,7 @@ def main(
             raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
         if (data is None) == (not test):
             raise typer.BadParameter("give one of --data and --test")
+        usable_device(device)
         named = named_tests(test or [])
         planned = ptq_table.plan(
             [ptq_table.read_network(entry) for entry in net],

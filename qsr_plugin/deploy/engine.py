@@ -18,7 +18,7 @@ import numpy as np
 from qsr_plugin import __version__
 from qsr_plugin.deploy.context import measured_reach
 from qsr_plugin.deploy.signal_stack import same_signal_stack
-from qsr_plugin.errors import UserError, suggest
+from qsr_plugin.errors import UserError, first_line, suggest
 from qsr_plugin.foreign_files import ONNX, foreign_kind
 
 if TYPE_CHECKING:
@@ -238,8 +238,3 @@ def _not_onnx(path: Path, reason: str) -> str:
 def _number(text: str | None) -> int:
     """A metadata entry as a number, -1 for what is none."""
     return int(text) if text is not None and text.isdecimal() else -1
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

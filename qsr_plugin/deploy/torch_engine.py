@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from qsr_plugin.checkpoint import CheckpointError, load_quantized
-from qsr_plugin.deploy.engine import Engine, first_line, no_model
+from qsr_plugin.deploy.engine import Engine, no_model
 from qsr_plugin.deploy.folding import fold
+from qsr_plugin.device import usable_device
 from qsr_plugin.errors import UserError
 from qsr_plugin.foreign_files import foreign_kind
 
@@ -47,13 +48,9 @@ def torch_engine(net: nn.Module, threads: int | None, device: str) -> Engine:
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        net.eval().to(torch.device(device), memory_format=torch.channels_last)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        raise UserError(f"device is '{device}', which cannot be used here ({first_line(error)}): try cpu") from None
-    run = partial(_run_module, net, torch.device(device))
+    place = usable_device(device)
+    net.eval().to(place, memory_format=torch.channels_last)
+    run = partial(_run_module, net, place)
     tried = np.full((1, 3, _TRIED, _TRIED), 0.5, np.float32)
     with largest_layer(net) as layer:
         out = run(tried)

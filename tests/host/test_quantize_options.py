@@ -32,6 +32,7 @@ def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -
         assert load_quantized("tiny_minmax_w8a8.safetensors")(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
     data = json.loads(Path("tiny_minmax_w8a8.json").read_text())
     assert data["scale"] == 2 and data["seed"] == 0 and data["details"]["source"] == "recognised"
+    assert data["details"]["device"] == "cpu"
     assert sorted(data["calibration"]["names"]) == ["photo0.png", "photo1.png", "photo2.png"]
     assert data["recipe"]["method"] == "minmax" and data["versions"]["torch"] == torch.__version__
     assert [group["bits"] for group in data["details"]["layers"]] == ["W8A8", "float"] and data["seconds"][
@@ -100,6 +101,23 @@ def test_an_interruption_is_told(qsr: SAYS, weights: Path, photos: Path, monkeyp
     monkeypatch.setattr("qsr_plugin.post_training.post_train", interrupted)
     said = qsr(weights, "--photos", photos, "-o", "net.safetensors", fails=True)
     assert "interrupted: net.safetensors is not written" in said
+
+
+@pytest.mark.parametrize("device", ["warp", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(qsr: SAYS, weights: Path, photos: Path, device: str) -> None:
+    """Found out before the work; one without data computes nothing."""
+    said = qsr(weights, "--photos", photos, "--device", device, fails=True)
+    assert f"device is '{device}', which cannot be used here" in said and "calibrated" not in said
+
+
+def test_too_little_memory_of_a_device(qsr: SAYS, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it")
+
+    monkeypatch.setattr("qsr_plugin.post_training.post_train", full)
+    said = qsr(weights, "--photos", photos, fails=True)
+    assert "cpu has too little memory: CUDA out of memory. Tried to allocate 2 GiB. Free some" in said
+    assert "smaller calibration.batch, here 16" in said and "More about it" not in said
 
 
 def test_what_ends_a_test_loses_nothing_made_before(
