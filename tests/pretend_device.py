@@ -134,7 +134,7 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _passed(net: nn.Module, method: str, device: str) -> Tensor:
-    """Quantize, calibrate, run all stages forward and backward, tune for a step or two; then the output.
+    """The output of a quantized and calibrated network; copies of it run all stages forward and backward, and are tuned.
 
     Args:
         net: Float, on the CPU; not changed.

@@ -18,6 +18,7 @@ from qsr_plugin.deploy.calls import Call, CallRecord, quantizes, record_calls
 from qsr_plugin.deploy.collapsed import CollapsedTail, collapsed_tail
 from qsr_plugin.deploy.exact_border import exact_border, smallest_side
 from qsr_plugin.deploy.linear_chain import affine_map, in_float64, nonlinearity, reach
+from qsr_plugin.errors import first_line
 from qsr_plugin.quant.layer_trace import LayerTraceError
 
 #: Largest difference allowed in the image, in [0, 1].
@@ -140,7 +141,7 @@ def _collapsed(
     try:
         border = exact_border(f, found, radius)
     except RuntimeError as error:
-        return f"have no gradient, which an exact border is made of ({str(error).splitlines()[0]})"
+        return f"have no gradient, which an exact border is made of ({first_line(error)})"
     smallest = smallest_side(f, CollapsedTail(found, names, border), channels)
     if smallest is None:
         return "make something else of the borders than small convolutions of the outermost pixels do"
