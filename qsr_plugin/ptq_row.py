@@ -130,7 +130,10 @@ class Job:
 
 
 def key_of(origin: Mapping[str, Any]) -> str:
-    """Short name of what a row is made from."""
+    """Short name of what a row is made from. Of the placements of its recipe only its own counts."""
+    if recipe := origin.get("recipe"):
+        own = recipe["placements"].get(origin["placement"])
+        origin = {**origin, "recipe": {**recipe, "placement": None, "placements": own}}
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -83,7 +83,7 @@ def test_plan_has_the_float_row_once_for_each_network(jobs: list[Job]) -> None:
 
 
 def test_what_a_row_depends_on(jobs: list[Job], data: Path, tmp_path: Path) -> None:
-    """Contents count, names and places do not."""
+    """Contents count, names and places do not, nor do placements that the row does not have."""
     job = jobs[1]
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(Path(job.weights).read_bytes())
@@ -100,6 +100,10 @@ def test_what_a_row_depends_on(jobs: list[Job], data: Path, tmp_path: Path) -> N
     ]  # fmt: skip
     assert len({job.key(), *(replace(job, **change).key() for change in changes)}) == 1 + len(changes)
     assert Job.read(json.loads(json.dumps(job.to_dict()))).key() == job.key()
+    placements = {**job.recipe["placements"], "more": job.recipe["placements"]["body"]}
+    assert replace(job, recipe={**job.recipe, "placement": "more", "placements": placements}).key() == job.key()
+    placements["body"] = placements["body"][:1]
+    assert replace(job, recipe={**job.recipe, "placements": placements}).key() != job.key()
 
 
 def test_rows_are_made_once(jobs: list[Job], made: list[str], tmp_path: Path) -> None:
