@@ -2,7 +2,8 @@
 
 After a calibration each input and each weight of the body's layers is quantized alone
 (:mod:`qsr_plugin.report.sensitivity`), at the recipe's bits and again at those of ``recipe.fragile``. What the damage
-falls by, for each bit operation that it costs, decides the order; places are taken as long as the budget lasts.
+falls by, for each bit operation that it costs, decides the order; places are taken as long as the budget lasts. The
+outer layers, those with bits of their own, have a budget of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _OPERANDS = (("input", "left"), ("weight", "right"))
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer of the body.
+    """A layer with places of its own.
 
     Attributes:
         cost: Its row of the complexity report.
@@ -48,6 +49,11 @@ class _Layer:
 
     cost: SiteCost
     places: dict[str, Place]
+
+    @property
+    def outer(self) -> bool:
+        """Whether it has bits of its own, which keep it out of FAB."""
+        return any(place.own_bits for place in self.places.values())
 
     def bitops(self, widths: dict[str, int]) -> float:
         """Bit operations with some ports at other widths."""
@@ -63,11 +69,12 @@ def with_fragile_places(
 ) -> Recipe:
     """The recipe of a calibrated network with more bits for the places where they remove most damage for their cost.
 
-    Inputs and weights are raised each for itself, to a width of ``recipe.fragile.bits``. All of them cost at most the
-    share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight bits
-    x activation bits, so that the second operand of a layer costs more than the first; layers with bits of their own
-    are no part of it. Places that the recipe raises already count as spent, so a recipe that comes from here comes back
-    as it is unless there is room left.
+    Inputs and weights are raised each for itself, to a width of ``recipe.fragile.bits``. Those of the body cost at most
+    the share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight
+    bits x activation bits, so that the second operand of a layer costs more than the first. The outer layers, those
+    with bits of their own, are no part of it: they are chosen apart, and cost at most the share
+    ``recipe.fragile.outer_budget`` of what all layers cost. Places that the recipe raises already count as spent, so a
+    recipe that comes from here comes back as it is unless there is room left.
 
     Args:
         net: Quantized with a recipe that has ``fragile``, calibrated; not changed.
@@ -86,21 +93,45 @@ def with_fragile_places(
     recipe = net.recipe
     if recipe.fragile is None:
         raise RecipeError(f"method '{recipe.method}' has no 'fragile': add fragile: {{bits: 8, budget: 0.05}}")
-    bits, body = _raised_to(recipe), _body(net, float_net)
-    base = sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in body)
-    spent = sum(layer.bitops({}) for layer in body) - base
-    left = recipe.fragile.budget * base - spent
-    low = [(layer, port) for layer in body for port, place in layer.places.items() if place.bits < bits]
+    layers = _layers(net, float_net)
+    body = [layer for layer in layers if not layer.outer]
+    outer = [layer for layer in layers if layer.outer]
+    chosen = _chosen_of(body, _base(recipe, body), "the body", recipe.fragile.budget, net, float_net, crops, progress)
+    if share := recipe.fragile.outer_budget:
+        chosen += _chosen_of(outer, _base(recipe, layers), "all layers", share, net, float_net, crops, progress)
+    return _with_rules(recipe, chosen) if chosen else recipe
+
+
+def _base(recipe: Recipe, layers: Sequence[_Layer]) -> float:
+    """Bit operations of layers at the recipe's own bits."""
+    return sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in layers)
+
+
+def _chosen_of(
+    layers: Sequence[_Layer],
+    base: float,
+    told: str,
+    share: float,
+    net: nn.Module,
+    float_net: nn.Module,
+    crops: Sequence[Tensor],
+    progress: Progress,
+) -> list[tuple[_Layer, str]]:
+    """Places of some layers, for at most a share of the bit operations ``base`` of what is ``told``."""
+    recipe, bits = net.recipe, _raised_to(net.recipe)
+    spent = sum(layer.bitops({}) for layer in layers) - _base(recipe, layers)
+    left = share * base - spent
+    low = [(layer, port) for layer in layers for port, place in layer.places.items() if place.bits < bits]
     prices = {(layer.cost.name, port): layer.bitops({port: bits}) - layer.bitops({}) for layer, port in low}
     able = [(layer, port) for layer, port in low if prices[layer.cost.name, port] <= left]
     if not able:
         if low and not spent:
             logger.info(
-                "no place gets %d bits: the cheapest would add %.1f %% to the BitOPs of the body, and recipe.fragile "
-                "allows %.1f %%",
-                bits, 100 * min(prices.values()) / base, 100 * left / base,
+                "no place gets %d bits: the cheapest would add %.1f %% to the BitOPs of %s, and recipe.fragile allows "
+                "%.1f %%",
+                bits, 100 * min(prices.values()) / base, told, 100 * left / base,
             )  # fmt: skip
-        return recipe
+        return []
     groups = [frozenset([_name(layer, port)]) for layer, port in able]
     probes = _probes(crops, len(groups))
     before, _ = output_errors(net, probes, groups, progress=progress)
@@ -108,13 +139,12 @@ def with_fragile_places(
     able = [(layer, port) for (layer, port), group in zip(able, groups) if before[group] > least]
     groups = [group for group in groups if before[group] > least]  # no place removes more than it does
     if not able:
-        return recipe
+        return []
     raised = quantize_model(deepcopy(float_net), _with_rules(recipe, able))
     calibrate(raised, crops)
     after, _ = output_errors(raised, probes, groups, progress=progress)
     removed = {min(group): before[group] - after[group] for group in groups}
-    chosen = _chosen([one for one in able if removed[_name(*one)] > least], removed, bits, left)
-    return _with_rules(recipe, chosen) if chosen else recipe
+    return _chosen([one for one in able if removed[_name(*one)] > least], removed, bits, left)
 
 
 def _chosen(
@@ -142,18 +172,14 @@ def _name(layer: _Layer, port: str) -> str:
     return f"{layer.cost.name}.{port}"
 
 
-def _body(net: nn.Module, float_net: nn.Module) -> list[_Layer]:
-    """Layers with places of their own at an operand, none of which has bits that keep it out of FAB."""
+def _layers(net: nn.Module, float_net: nn.Module) -> list[_Layer]:
+    """Layers with places of their own at an operand."""
     operands = {port for ports in _OPERANDS for port in ports}
     places: dict[str, dict[str, Place]] = {}
     for place in find_places(float_net, net.recipe):  # a quantized network has other modules and classes
         if place.port in operands:
             places.setdefault(place.name, {})[place.port] = place
-    return [
-        _Layer(cost, places[cost.name])
-        for cost in complexity(net).sites
-        if cost.name in places and not any(place.own_bits for place in places[cost.name].values())
-    ]
+    return [_Layer(cost, places[cost.name]) for cost in complexity(net).sites if cost.name in places]
 
 
 def _probes(crops: Sequence[Tensor], places: int) -> list[Tensor]:
@@ -189,4 +215,4 @@ def _raised(recipe: Recipe, place: Place, bits: int) -> Rule:
     """A rule for one place with what the rule it replaces says beside the bits."""
     old = recipe.rules[place.rule]
     kept = {"quantizer": old.quantizer, "pad_first": old.pad_first}
-    return Rule(match=place.name, port=place.port, bits=bits, in_fab=True, **kept)
+    return Rule(match=place.name, port=place.port, bits=bits, in_fab=not place.own_bits, **kept)

@@ -18,6 +18,7 @@ from qsr_plugin.fragile_places import with_fragile_places
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers
+from qsr_plugin.report.complexity import method_label
 
 
 def minmax(bits: int = 4, fragile: dict[str, Any] | None = None, **changes: Any) -> Recipe:
@@ -212,9 +213,54 @@ def test_what_is_raised_already_is_spent(float_net, images, caplog) -> None:
     assert len(raised(choose(float_net, larger, images), once)) == 1
 
 
-def test_layers_with_bits_of_their_own_take_no_part(float_net, images) -> None:
+OUTER = ("conv_first", "upsample", "conv_last")
+
+
+def of_outer(names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(OUTER)]
+
+
+def test_layers_with_bits_of_their_own_take_no_part_without_a_budget(float_net, images) -> None:
     after = choose(float_net, before := minmax(fragile={"bits": 16, "budget": 1.0}, bits=8), images)
-    assert not any(name.startswith(("conv_first", "upsample", "conv_last")) for name in raised(after, before))
+    assert not of_outer(raised(after, before))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2, 1.0])
+def test_layers_with_bits_of_their_own_have_a_budget_of_their_own(float_net, images, monkeypatch, share: float) -> None:
+    """Places of the body stay the same; further BitOPs are within a share of those of all layers, and used up."""
+    monkeypatch.setattr("qsr_plugin.fragile_places.SHARE", -math.inf)
+    before = minmax(fragile={"bits": 16, "budget": 0.3}, bits=8)
+    body = choose(float_net, before, images)
+    given = load_recipe(before, fragile={"bits": 16, "budget": 0.3, "outer_budget": share})
+    both = choose(float_net, given, images)
+    names = raised(both, given)
+    assert names[: len(raised(body, before))] == raised(body, before)
+    assert of_outer(names) == names[len(raised(body, before)) :] != []
+    base, without, now = (
+        {row.name: row.macs * row.weight_bits * row.act_bits for row in complexity(net).sites}
+        for net in (quantize_model(deepcopy(float_net), recipe) for recipe in (before, body, both))
+    )
+    growth = (sum(now.values()) - sum(without.values())) / sum(base.values())
+    assert 0 < growth <= share
+    further = [
+        now[name] for name in base if name.startswith(OUTER) and now[name] < 4 * base[name]
+    ]  # an operand doubles
+    assert all(growth + price / sum(base.values()) > share for price in further)
+    assert choose(float_net, both, images) is both, "what is raised already is spent"
+
+
+def test_outer_places_do_not_count_in_fab_and_are_told_by_the_label(float_net, images) -> None:
+    given = minmax(fragile={"bits": 16, "budget": 0.01, "outer_budget": 0.5}, bits=8)
+    after = choose(float_net, given, images)
+    assert raised(after, given) == of_outer(raised(after, given)) != []
+    assert complexity(quantized(float_net, after, images)).fab == 8
+    assert method_label(given) == "minmax W8A8" and method_label(after) == "minmax W8A8+"
+
+
+def test_outer_layers_that_have_as_many_bits_as_fragile_ones_stay(float_net, images) -> None:
+    """8 bits outside and 4 within: the places of the body go to 8, the others have them."""
+    given = minmax(fragile={"bits": [8, 16], "budget": 0.34, "outer_budget": 1.0})
+    assert not of_outer(raised(choose(float_net, given, images), given))
 
 
 @pytest.mark.parametrize(("bits", "weight"), [(4, 4), (6, 8), (8, 8)])

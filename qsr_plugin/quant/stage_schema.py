@@ -84,10 +84,13 @@ class Fragile(Strict):
         bits: Bit width of these places, or several in ascending order, of which the first is taken that is more than
             weights or activations have.
         budget: How much BitOPs of the body may grow by it, as a share.
+        outer_budget: How much those of all quantized layers may grow by raising layers with bits of their own (first,
+            upsampling, last), as a share.
     """
 
     bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = Field((8,), min_length=1)
     budget: float = Field(0.05, gt=0, le=1)
+    outer_budget: float = Field(0.0, ge=0, le=1)
 
     @field_validator("bits", mode="before")
     @classmethod

@@ -130,7 +130,9 @@ def method_label(recipe: Recipe) -> str:
     """
     act, reach = recipe.bits.act, policy_class(recipe.policy.type).reach
     widths = "/".join(map(str, act)) if isinstance(act, tuple) else f"{act}{'MP' if reach else ''}"
-    return f"{recipe.method} W{recipe.bits.weight}A{widths}{'+' * any(rule.in_fab for rule in recipe.rules)}"
+    raised = recipe.fragile.bits if recipe.fragile is not None else ()
+    more = any(rule.in_fab or (rule.match is not None and rule.bits in raised) for rule in recipe.rules)
+    return f"{recipe.method} W{recipe.bits.weight}A{widths}{'+' * more}"
 
 
 def _weighted_mean(bits: Mapping[str, float | None], weights: Mapping[str, int]) -> float | None:
