@@ -98,7 +98,7 @@ def with_fragile_places(
     outer = [layer for layer in layers if layer.outer]
     chosen = _chosen_of(body, _base(recipe, body), "the body", recipe.fragile.budget, net, float_net, crops, progress)
     if share := recipe.fragile.outer_budget:
-        chosen += _chosen_of(outer, _base(recipe, layers), "all layers", share, net, float_net, crops, progress)
+        chosen += _chosen_of(outer, _base(recipe, layers), "the outer layers", share, net, float_net, crops, progress)
     return _with_rules(recipe, chosen) if chosen else recipe
 
 
@@ -117,7 +117,7 @@ def _chosen_of(
     crops: Sequence[Tensor],
     progress: Progress,
 ) -> list[tuple[_Layer, str]]:
-    """Places of some layers, for at most a share of the bit operations ``base`` of what is ``told``."""
+    """Places of some layers, called ``told``, for at most a share of the bit operations ``base``."""
     recipe, bits = net.recipe, _raised_to(net.recipe)
     spent = sum(layer.bitops({}) for layer in layers) - _base(recipe, layers)
     left = share * base - spent
@@ -127,9 +127,9 @@ def _chosen_of(
     if not able:
         if low and not spent:
             logger.info(
-                "no place gets %d bits: the cheapest would add %.1f %% to the BitOPs of %s, and recipe.fragile allows "
+                "no place of %s gets %d bits: the cheapest would add %.1f %% to the BitOPs, and recipe.fragile allows "
                 "%.1f %%",
-                bits, 100 * min(prices.values()) / base, told, 100 * left / base,
+                told, bits, 100 * min(prices.values()) / base, 100 * left / base,
             )  # fmt: skip
         return []
     groups = [frozenset([_name(layer, port)]) for layer, port in able]

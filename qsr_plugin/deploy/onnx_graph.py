@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+#: ``onnx.TensorProto``: UINT8 and INT8, the types of a zero point.
+_BYTES = (2, 3)
+
 
 def quantize_before_shuffle(model: Any) -> int:
     """Move ``Clip -> QuantizeLinear`` from behind a pixel shuffle to before it, in place.
 
-    Rounding to one grid commutes with a permutation, and the shuffle then moves bytes instead of floats.
+    Rounding to one grid commutes with a permutation, and the shuffle then moves bytes instead of floats. Wider grids
+    stay behind it: ONNX Runtime has no shuffle of 16-bit integers.
 
     Args:
         model: ``onnx.ModelProto`` whose grids have one scale per tensor.
@@ -22,6 +26,7 @@ def quantize_before_shuffle(model: Any) -> int:
         for name in node.input:
             readers[name].append((index, node))
     outputs, rows = {output.name for output in graph.output}, []
+    bytes_wide = {tensor.name for tensor in graph.initializer if tensor.data_type in _BYTES}
     for index, node in enumerate(graph.node):
         row = [(index, node)]
         for kind in ("Clip", "QuantizeLinear"):
@@ -29,7 +34,7 @@ def quantize_before_shuffle(model: Any) -> int:
             if len(following) != 1 or following[0][1].op_type != kind or row[-1][1].output[0] in outputs:
                 break
             row.append(following[0])
-        if node.op_type == "DepthToSpace" and len(row) == 3:
+        if node.op_type == "DepthToSpace" and len(row) == 3 and row[-1][1].input[2] in bytes_wide:
             rows.append(row)
     order = list(range(len(graph.node)))
     for (shuffle, _), _, (quantize, _) in rows:

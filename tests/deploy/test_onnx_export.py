@@ -145,6 +145,21 @@ def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path, method: 
     assert psnr(open_engine(path)(image), output(net, image)) > 45
 
 
+def test_wider_grids_stay_behind_the_shuffle(tiny_net, images, tmp_path: Path) -> None:
+    """As ``auto`` gives 16 bits to fragile inputs: the last convolution's is behind the second of two shuffles."""
+    rules = load_recipe("auto").placements["full"]
+    wide = [*rules, {"role": "tail", "port": "input", "bits": 16}]
+    net = quantized(tiny_net("EDSR", upscale=4), "auto", 8, images, placement="wide", placements={"wide": wide})
+    report = export_onnx(net, path := tmp_path / "net.onnx")
+    assert report.agreement.holds and "before the pixel shuffle: 1 place(s)" in str(report)
+    row = kinds_of(path)
+    before = [row[at - 1] for at, kind in enumerate(row) if kind == "DepthToSpace"]
+    assert before[0] == "QuantizeLinear" and before[1] != "QuantizeLinear"
+    image = synthetic_images(1, (9, 14)).numpy()
+    for kind in ("onnxruntime", "openvino"):
+        assert psnr(open_engine(path, kind)(image), output(net, image)) > 45
+
+
 @pytest.mark.parametrize(("method", "bits", "told"), [("minmax", 8, True), ("minmax", 4, False), ("auto", 8, False)])
 def test_weights_that_take_a_further_sum_are_told(
     edsr, images, tmp_path: Path, method: str, bits: int, told: bool

@@ -85,6 +85,18 @@ def test_it_is_closer_than_ranges_of_the_baselines(float_net, best: float, metho
     assert best < 0.85 * error(float_net, load_recipe(method, weight_bits=4, act_bits=4))
 
 
+@pytest.mark.parametrize("path", sorted(ABLATIONS.glob("auto_*.yml")), ids=lambda path: path.stem)
+def test_ablations_are_the_method_without_a_part(path: Path) -> None:
+    recipe, whole = load_recipe(path), load_recipe("auto")
+    assert recipe.method == "auto" and recipe != whole
+    assert recipe.placements == whole.placements
+
+
+def test_without_a_budget_outer_layers_keep_their_bits() -> None:
+    fragile = load_recipe(ABLATIONS / "auto_outer.yml").fragile
+    assert fragile == load_recipe("auto").fragile.model_copy(update={"outer_budget": 0.0})
+
+
 def test_the_host_does_not_train_it(data: Path, tmp_path: Path) -> None:
     from basicsr.models import build_model
 
