@@ -96,10 +96,11 @@ def with_fragile_places(
     layers = _layers(net, float_net)
     body = [layer for layer in layers if not layer.outer]
     outer = [layer for layer in layers if layer.outer]
-    chosen = _chosen_of(body, _base(recipe, body), "the body", recipe.fragile.budget, net, float_net, crops, progress)
+    search = _Search(net, float_net, crops, progress)
+    chosen = search.choose(body, "the body", recipe.fragile.budget, _base(recipe, body))
     if share := recipe.fragile.outer_budget:
-        chosen += _chosen_of(outer, _base(recipe, layers), "the outer layers", share, net, float_net, crops, progress)
-    return _with_rules(recipe, chosen) if chosen else recipe
+        chosen += search.choose(outer, "the outer layers", share, _base(recipe, layers))
+    return _with_rules(recipe, _rules(recipe, chosen)) if chosen else recipe
 
 
 def _base(recipe: Recipe, layers: Sequence[_Layer]) -> float:
@@ -107,44 +108,53 @@ def _base(recipe: Recipe, layers: Sequence[_Layer]) -> float:
     return sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in layers)
 
 
-def _chosen_of(
-    layers: Sequence[_Layer],
-    base: float,
-    told: str,
-    share: float,
-    net: nn.Module,
-    float_net: nn.Module,
-    crops: Sequence[Tensor],
-    progress: Progress,
-) -> list[tuple[_Layer, str]]:
-    """Places of some layers, called ``told``, for at most a share of the bit operations ``base``."""
-    recipe, bits = net.recipe, _raised_to(net.recipe)
-    spent = sum(layer.bitops({}) for layer in layers) - _base(recipe, layers)
-    left = share * base - spent
-    low = [(layer, port) for layer in layers for port, place in layer.places.items() if place.bits < bits]
-    prices = {(layer.cost.name, port): layer.bitops({port: bits}) - layer.bitops({}) for layer, port in low}
-    able = [(layer, port) for layer, port in low if prices[layer.cost.name, port] <= left]
-    if not able:
-        if low and not spent:
-            logger.info(
-                "no place of %s gets %d bits: the cheapest would add %.1f %% to the BitOPs, and recipe.fragile allows "
-                "%.1f %%",
-                told, bits, 100 * min(prices.values()) / base, 100 * left / base,
-            )  # fmt: skip
-        return []
-    groups = [frozenset([_name(layer, port)]) for layer, port in able]
-    probes = _probes(crops, len(groups))
-    before, _ = output_errors(net, probes, groups, progress=progress)
-    least = SHARE * sum(min(damage, MOST) for damage in before.values())
-    able = [(layer, port) for (layer, port), group in zip(able, groups) if before[group] > least]
-    groups = [group for group in groups if before[group] > least]  # no place removes more than it does
-    if not able:
-        return []
-    raised = quantize_model(deepcopy(float_net), _with_rules(recipe, able))
-    calibrate(raised, crops)
-    after, _ = output_errors(raised, probes, groups, progress=progress)
-    removed = {min(group): before[group] - after[group] for group in groups}
-    return _chosen([one for one in able if removed[_name(*one)] > least], removed, bits, left)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What places are measured with: see :func:`with_fragile_places`."""
+
+    net: nn.Module
+    float_net: nn.Module
+    crops: Sequence[Tensor]
+    progress: Progress
+
+    def choose(self, layers: Sequence[_Layer], told: str, share: float, base: float) -> list[tuple[_Layer, str]]:
+        """Places of some layers, called ``told``, for at most a share of the bit operations ``base``."""
+        recipe, bits = self.net.recipe, _raised_to(self.net.recipe)
+        spent = sum(layer.bitops({}) for layer in layers) - _base(recipe, layers)
+        left = share * base - spent
+        low = [(layer, port) for layer in layers for port, place in layer.places.items() if place.bits < bits]
+        prices = {(layer.cost.name, port): layer.bitops({port: bits}) - layer.bitops({}) for layer, port in low}
+        able = [(layer, port) for layer, port in low if prices[layer.cost.name, port] <= left]
+        if not able:
+            if low and not spent:
+                logger.info(
+                    "no place of %s gets %d bits: the cheapest would add %.1f %% to the BitOPs, and recipe.fragile "
+                    "allows %.1f %%",
+                    told, bits, 100 * min(prices.values()) / base, 100 * left / base,
+                )  # fmt: skip
+            return []
+        removed = self._removed(able)
+        return _chosen([one for one in able if _name(*one) in removed], removed, bits, left)
+
+    def _removed(self, able: Sequence[tuple[_Layer, str]]) -> dict[str, float]:
+        """By how much the damage of places falls with more bits, of those that :data:`SHARE` leaves."""
+        probes = _probes(self.crops, len(able))
+        before = self._damage(self.net, able, probes)
+        least = SHARE * sum(min(damage, MOST) for damage in before.values())
+        able = [one for one in able if before[_name(*one)] > least]  # no place removes more than it does
+        if not able:
+            return {}
+        alone = _only_rules(self.net.recipe, _rules(self.net.recipe, able))
+        raised = calibrate(quantize_model(deepcopy(self.float_net), alone), self.crops)
+        after = self._damage(raised, able, probes)
+        return {name: before[name] - damage for name, damage in after.items() if before[name] - damage > least}
+
+    def _damage(
+        self, net: nn.Module, places: Sequence[tuple[_Layer, str]], probes: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """What each place does alone, by name."""
+        errors, _ = output_errors(net, probes, [frozenset([_name(*one)]) for one in places], progress=self.progress)
+        return {min(group): damage for group, damage in errors.items()}
 
 
 def _chosen(
@@ -203,12 +213,19 @@ def _raised_to(recipe: Recipe) -> int:
     return recipe.fragile.above(min(recipe.bits.weight, recipe.bits.act))
 
 
-def _with_rules(recipe: Recipe, chosen: Sequence[tuple[_Layer, str]]) -> Recipe:
-    """The recipe with these places at the bits of its ``fragile``, by rules in this order."""
-    bits = _raised_to(recipe)
-    rules = [_raised(recipe, layer.places[port], bits) for layer, port in chosen]
-    placements = {**recipe.placements, recipe.placement: (*recipe.rules, *rules)}
-    return recipe.model_copy(update={"placements": placements})
+def _rules(recipe: Recipe, places: Sequence[tuple[_Layer, str]]) -> list[Rule]:
+    """A rule for each of these places, with the bits of ``recipe.fragile``."""
+    return [_raised(recipe, layer.places[port], _raised_to(recipe)) for layer, port in places]
+
+
+def _with_rules(recipe: Recipe, rules: Sequence[Rule]) -> Recipe:
+    """The recipe with more rules at the end of its placement."""
+    return _only_rules(recipe, (*recipe.rules, *rules))
+
+
+def _only_rules(recipe: Recipe, rules: Sequence[Rule]) -> Recipe:
+    """The recipe with other rules in its placement."""
+    return recipe.model_copy(update={"placements": {**recipe.placements, recipe.placement: tuple(rules)}})
 
 
 def _raised(recipe: Recipe, place: Place, bits: int) -> Rule:

@@ -138,18 +138,21 @@ def test_damage_removed_counts_by_what_it_costs(tiny_net, images, monkeypatch, b
     assert raised(after, before) == want
 
 
-def test_places_that_hardly_matter_are_left_alone(tiny_net, images, monkeypatch) -> None:
+def test_places_that_hardly_matter_are_left_alone(tiny_net, images, monkeypatch, caplog) -> None:
     """However cheap they are: 1 % of the damage of all places is the least that one has to remove.
 
-    Where all its damage is less than that, it is not measured again.
+    Where all its damage is less than that, it is neither calibrated nor measured with more bits.
     """
     names = [f"body.{block}.conv{conv}.input" for block in (0, 1) for conv in (1, 2)]
     damages = {4: dict(zip(names, (6.0e-4, 3.9e-4, 0.09e-4, 0.11e-4))), 8: {names[1]: 3.85e-4}}
     asked = told_errors(monkeypatch, damages)
     before = minmax(placement="body", fragile={"bits": 8, "budget": 1.0})
-    after = choose(tiny_net("EDSR"), before, images)
+    with caplog.at_level("INFO", "qsr_plugin"):
+        after = choose(tiny_net("EDSR"), before, images)
     assert raised(after, before) == [names[0], names[3]]
     assert len(asked[0]) == 8 and asked[1] == [names[0], names[1], names[3]]
+    told = [line.split(" quantizers")[0] for line in caplog.messages if line.startswith("calibrated")]
+    assert told == ["calibrated 8", "calibrated 3"]
 
 
 def test_an_exploding_place_leaves_the_others_their_chance(tiny_net, images, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qsr_plugin.quant.observers import Observer, Range, refuse_non_finite
+from qsr_plugin.quant.observers import Observer, Range, minmax, refuse_non_finite
 from qsr_plugin.quant.record import current_record
 
 #: Histograms kept at most; with more images every second one is dropped, then every second of those, and so on.
@@ -31,7 +31,8 @@ _WHOLE = SHARES[:1]
 class LeastErrorObserver(Observer):
     """Chooses the range in which uniform quantization has the least mean logarithm of the images' squared errors.
 
-    Memory is a histogram per image, at most :data:`IMAGES` of them, whatever the images' sizes and number.
+    Memory is a histogram per image, at most :data:`IMAGES` of them, whatever the images' sizes and number. With more
+    than :data:`FINEST` bits there are none, and the range is that of all values.
 
     Args:
         bits: Bit width that the error is taken at; the grid has ``2^bits`` levels from end to end.
@@ -43,6 +44,7 @@ class LeastErrorObserver(Observer):
         self._whole = bits > FINEST
         self._seen, self._stride = 0, 1
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._ends: Range | None = None
         self._range: Range | None = None
 
     def update(self, x: Tensor) -> None:
@@ -55,6 +57,11 @@ class LeastErrorObserver(Observer):
             ValueError: If the batch holds a NaN or an infinity, or is empty.
         """
         refuse_non_finite(x)
+        if self._whole:
+            low, high = minmax(x)
+            known = self._ends or (low, high)
+            self._ends = torch.minimum(known[0], low), torch.maximum(known[1], high)
+            return
         record = current_record()
         images = record.images if record is not None and x.shape[0] % record.images == 0 else x.shape[0]
         self._range = None
@@ -71,6 +78,8 @@ class LeastErrorObserver(Observer):
         Raises:
             RuntimeError: If no batch was observed.
         """
+        if self._ends is not None:
+            return self._ends
         if not self._kept:
             raise RuntimeError("nothing was observed: the forward pass of the calibration never reached this site")
         if self._range is None:
@@ -81,8 +90,6 @@ class LeastErrorObserver(Observer):
         """Ends between the outermost values and the mean, first moved together, then in turn, then finely."""
         values, shares = (torch.stack(parts) for parts in zip(*self._kept))
         low, high = values.min(), values.max()
-        if self._whole:
-            return low.float(), high.float()
         if bool((told := (values != 0).any(1)).any()):  # images of zeros alone would decide by how near a level zero is
             values, shares = values[told], shares[told]
         middle = (values * shares).sum(1).mean().clamp(low, high)
