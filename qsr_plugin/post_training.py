@@ -10,7 +10,7 @@ from time import perf_counter
 
 from torch import Tensor, nn
 
-from qsr_plugin.models.tuning import tune
+from qsr_plugin.models.tuning import check_tuning, tune
 from qsr_plugin.progress import Progress, no_progress
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.schema import Recipe
@@ -54,11 +54,12 @@ def post_train(
         progress: Wraps each sequence that is worked through.
 
     Raises:
-        RecipeError: If the recipe does not fit the network.
+        RecipeError, OptionsError, NotRegisteredError: See :func:`check_recipe`.
         ValueError: If there are no crops, or for one of a wrong shape.
         FloatingPointError: If the tuning meets a loss or a gradient that is not finite.
     """
     seconds: dict[str, float] = {}
+    check_recipe(float_net, recipe, tuned=tuned)
     _tell_unnamed(float_net)
     net, fragile = _calibrated(float_net, recipe, crops, seconds, progress), ()
     if recipe.fragile is not None:
@@ -75,6 +76,24 @@ def post_train(
         seconds |= tune(net, float_net, crops, progress=lambda steps: progress(steps, "tuning"))
     net._last_record = None  # bits chosen on calibration crops are no figure of the network
     return PostTrained(net, recipe, seconds, fragile)
+
+
+def check_recipe(float_net: nn.Module, recipe: Recipe, *, tuned: bool = True) -> None:
+    """Find out before the work whether :func:`post_train` can follow a recipe.
+
+    Args:
+        float_net: Not changed.
+        recipe: As for :func:`post_train`.
+        tuned: Whether its tuning matters.
+
+    Raises:
+        RecipeError: If the recipe does not fit the network, or its stages cannot train it.
+        OptionsError: For a loss with arguments it does not take.
+        NotRegisteredError: For a loss that there is not.
+    """
+    net = quantize_model(deepcopy(float_net), recipe)
+    if tuned and recipe.tuning is not None:
+        check_tuning(net)
 
 
 def _tell_unnamed(float_net: nn.Module) -> None:

@@ -87,7 +87,7 @@ def quantize(
     from qsr_plugin.device import usable_device
     from qsr_plugin.float_networks import check_enlarges, open_float_network
     from qsr_plugin.memory import keep_freed_memory
-    from qsr_plugin.post_training import post_train
+    from qsr_plugin.post_training import check_recipe, post_train
     from qsr_plugin.quant.recipe import with_steps
     from qsr_plugin.quantize_report import Settings, report_quantized
 
@@ -108,7 +108,7 @@ def quantize(
     network = open_float_network(weights, arch, scale)
     told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
     console.print(told, highlight=False, markup=False)
-    _check_fits(network.net, recipe)
+    check_recipe(network.net, recipe, tuned=tuned)
     _tell_guessed(network.net)
     tests = _test_sets(test or [], network.scale)
     if out.exists():
@@ -177,14 +177,6 @@ def _recipe(method: str, bits: str, placement: Optional[str]) -> Any:
 
 def _arguments(options: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in options.items() if key != "type") or "no arguments"
-
-
-def _check_fits(float_net: Any, recipe: Any) -> None:
-    from copy import deepcopy
-
-    from qsr_plugin import quantize_model
-
-    quantize_model(deepcopy(float_net), recipe)
 
 
 def _tell_guessed(net: Any) -> None:

@@ -21,7 +21,7 @@ from qsr_plugin.quant.schema import Calibration
 
 logger = logging.getLogger("qsr_plugin")
 
-#: Side in HR pixels of the crops that post-training methods calibrate on (Hong and Lee, CVPR 2024).
+#: Side in HR pixels of the crops that post-training methods calibrate on (Hong and Lee, CVPR 2024; 288 for RDN).
 CROP = 384
 #: LR pixels on each side that the reducing kernel reaches, and one more.
 _REACH = 3

@@ -101,7 +101,8 @@ class BlockFeatureLoss(StepLoss):
 
     The features of a block are divided by their Euclidean norm over the whole batch. The loss is, with a distance over
     one image and the sum over N images and B blocks, ``loss_weight * (1 / N) * (1 / (N B)) * sum |F_q - F|_2``. The
-    batch is that of all processes of a distributed run, each with the same number of images.
+    batch is that of all processes of a distributed run, each with the same number of images. (For RDN the authors'
+    release divides by C H W as well, which leaves nothing of it; that is not done here.)
 
     Args:
         loss_weight: Factor. The published 10 goes with an L1 loss on pixels in 0..255; with pixels in 0..1 the same

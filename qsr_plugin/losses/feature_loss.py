@@ -59,7 +59,8 @@ class UnitFeatureMSELoss(UnitFeatureLoss):
     """Mean squared difference of the features of student and teacher (2DQuant, Liu et al., NeurIPS 2024).
 
     ``loss_weight * sum_k (1 / CHW) | F_q^k / |F_q^k|_2 - F^k / |F^k|_2 |_2^2`` over the blocks k; the mean over the
-    images.
+    images. The norm is that of a whole image and has a gradient, as in the paper; in the authors' release it is that of
+    each channel and has none, which makes the loss larger.
 
     Args:
         loss_weight: Factor; as published, beside a mean L1 loss on pixels in 0..1.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
-from typing import get_args
+from typing import Optional, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from qsr_plugin.quant.policy import PolicyPart
+from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.stage_schema import Group, Stage
 from qsr_plugin.quant.surgery import plugin_keys, quantizers
@@ -59,7 +60,7 @@ def project(net: nn.Module) -> None:
 def check_stages(
     stages: Sequence[Stage], net: nn.Module, *, kept: Collection[str] = (), total_iter: int | None = None
 ) -> None:
-    """Look at stages before any work is done: refuse those that cannot train, warn of what has no effect.
+    """Look at stages before a training: refuse those that cannot train, warn of what has no effect.
 
     Args:
         stages: The recipe's stages.
@@ -80,22 +81,10 @@ def check_stages(
             missed[0] + 1,
             begins[missed[0]],
         )
-    groups = {name: parameters for name, parameters in parameter_groups(net).items() if parameters}
-    kinds = {type(quantizer) for _, quantizer in quantizers(net) if quantizer.role == "act"}
+    refuse_stages(stages, net)
+    kinds = _kinds(net)
     for index, stage in enumerate(stages):
-        where = f"recipe.stages[{index}]"
-        if not any(name in groups for name in stage.train):
-            raise RecipeError(
-                f"{where}.train is {list(stage.train)}: this network has no such parameters. "
-                f"It has {', '.join(groups)}."
-            )
-        tracking = None if stage.track_ranges is None else "mean" if stage.track_ranges == "mean" else "momentum"
-        trained = {name for name in stage.train if name.endswith("ranges")}
-        if tracking == "mean" and trained and any(kind.tracking == "mean" for kind in kinds):
-            raise RecipeError(
-                f"{where}: ranges that follow the mean of the batches have no gradient: take "
-                f"{', '.join(sorted(trained))} out of its train"
-            )
+        where, tracking = f"recipe.stages[{index}]", _tracking(stage)
         if tracking and kinds and not any(kind.tracking == tracking for kind in kinds):
             logger.warning("%s.track_ranges has no effect: no quantizer follows ranges by %s.", where, tracking)
         if stage.adapt_thresholds and not any(policy.adapts for policy in bit_policies(net)):
@@ -104,13 +93,53 @@ def check_stages(
             )
         if stage.gated and kinds and not any(kind.gated for kind in kinds):
             logger.warning("%s.gated has no effect: no quantizer has a gate.", where)
-    for name, parameters in groups.items():
+    for name, parameters in _groups(net).items():
         if name not in kept and not any(name in stage.train for stage in stages):
             logger.warning(
                 "recipe.stages: no stage trains the %d parameters of the group '%s'; they keep their start.",
                 len(parameters),
                 name,
             )
+
+
+def refuse_stages(stages: Sequence[Stage], net: nn.Module) -> None:
+    """Refuse stages that cannot train a network.
+
+    Args:
+        stages: The recipe's stages.
+        net: Quantized network.
+
+    Raises:
+        RecipeError: Naming the stage and what to change.
+    """
+    groups, kinds = _groups(net), _kinds(net)
+    for index, stage in enumerate(stages):
+        where = f"recipe.stages[{index}]"
+        if not any(name in groups for name in stage.train):
+            raise RecipeError(
+                f"{where}.train is {list(stage.train)}: this network has no such parameters. "
+                f"It has {', '.join(groups)}."
+            )
+        trained = {name for name in stage.train if name.endswith("ranges")}
+        if _tracking(stage) == "mean" and trained and any(kind.tracking == "mean" for kind in kinds):
+            raise RecipeError(
+                f"{where}: ranges that follow the mean of the batches have no gradient: take "
+                f"{', '.join(sorted(trained))} out of its train"
+            )
+
+
+def _groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+    return {name: parameters for name, parameters in parameter_groups(net).items() if parameters}
+
+
+def _kinds(net: nn.Module) -> set[type[Quantizer]]:
+    return {type(quantizer) for _, quantizer in quantizers(net) if quantizer.role == "act"}
+
+
+def _tracking(stage: Stage) -> Optional[str]:
+    if stage.track_ranges is None:
+        return None
+    return "mean" if stage.track_ranges == "mean" else "momentum"
 
 
 class StageSchedule:

@@ -7,7 +7,7 @@ al., CVPR 2023), with one Adam for all groups. A training of the host can do the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import zip_longest
@@ -23,7 +23,7 @@ from qsr_plugin.losses.context import StepContext, StepLoss
 from qsr_plugin.memory import free_memory
 from qsr_plugin.models.finite import refuse_non_finite
 from qsr_plugin.models.frozen_prelu import freeze_slopes
-from qsr_plugin.models.stages import StageSchedule, bit_policies, check_stages, parameter_groups, project
+from qsr_plugin.models.stages import StageSchedule, bit_policies, check_stages, parameter_groups, project, refuse_stages
 from qsr_plugin.models.tuning_rates import equal_groups, relative_groups
 from qsr_plugin.quant.calibrate import image_batches, joined
 from qsr_plugin.quant.recipe import RecipeError
@@ -55,7 +55,8 @@ def tune(
     Args:
         net: Calibrated network whose recipe has ``tuning``; changed only if all steps succeed.
         float_net: The float network it was made from; not changed.
-        images: As :func:`qsr_plugin.calibrate` takes them; best those it was calibrated on.
+        images: As :func:`qsr_plugin.calibrate` takes them; best those it was calibrated on. All are in memory at once:
+            of a folder of photos, give :func:`qsr_plugin.data.calibration_set.crops_from_folder`.
         progress: Wraps the sequence of steps, e.g. ``rich.progress.track``.
 
     Returns:
@@ -79,8 +80,7 @@ def tune(
     student, teacher = _learning(deepcopy(net)), deepcopy(float_net).to(device).eval().requires_grad_(False)
     for one in (student, teacher):
         one.to(memory_format=torch.channels_last)  # the backward of wide kernels with few outputs is much faster
-        for place in {place: None for loss in losses.values() for place in loss.taps}:
-            tap(one, place, place)
+        _tap(one, losses)
     freeze_slopes(student)
     student.keep_pairs = any(loss.needs_pairs for loss in losses.values())
     check_stages(recipe.stages, student, kept=("weights", "others"))
@@ -88,6 +88,26 @@ def tune(
     run.learn(batches, progress)
     net.load_state_dict(student.state_dict())
     return run.seconds
+
+
+def check_tuning(net: nn.Module) -> None:
+    """Find out before the work whether :func:`tune` can follow the recipe of a network.
+
+    Args:
+        net: Quantized, calibrated or not; not changed.
+
+    Raises:
+        RecipeError: As :func:`tune`; also for a loss, or a place of features, that there is not.
+    """
+    recipe, copied = _tunable(net), deepcopy(net)
+    _tap(copied, build_step_losses(recipe.losses, next(net.parameters()).device))
+    refuse_stages(recipe.stages, copied)
+
+
+def _tap(net: nn.Module, losses: Mapping[str, StepLoss]) -> None:
+    """Show the losses the features that they compare."""
+    for place in {place: None for loss in losses.values() for place in loss.taps}:
+        tap(net, place, place)
 
 
 def _tunable(net: nn.Module) -> Recipe:

@@ -65,7 +65,9 @@ def calibrate(
     Args:
         net: Network from :func:`quantize_model`.
         images: A folder of low-resolution images, a ``(N, 3, H, W)`` float tensor, RGB in [0, 1], or any iterable of
-            such tensors or of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch.
+            such tensors or of BasicSR batches (dicts with ``lq``). Sizes may differ; each item is one batch, and so is
+            each file of a folder, whatever ``recipe.calibration`` says. Where ranges of batches are averaged, the last
+            ten or so decide: :func:`qsr_plugin.data.calibration_set.crops_from_folder` makes batches of many images.
         ranges: ``False`` leaves all ranges as they are and sets the bit policies alone.
         spent: Is given the seconds of ``calibration``, and of ``clipping`` where a method fits ranges to their bits.
 

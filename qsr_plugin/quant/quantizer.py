@@ -235,8 +235,9 @@ class Quantizer(nn.Module):
         low, high = found
         if bool((high <= low).all()):
             logger.warning(
-                "%s: all observed values are %g; its range is kept at a tiny positive width", self.site, high.max()
-            )
+                "%s: all observed values are %g: its range will not fit others; calibrate on more images",
+                self.site, high.max(),
+            )  # fmt: skip
         with torch.no_grad():
             self.set_range(low, high)
         self.mark_calibrated()

@@ -100,6 +100,7 @@ class Rule(Strict):
         quantizer: Quantizer for this place; the recipe's default for weights or activations if not given.
         bits: Bit width for this place; the recipe's if not given. Places with their own bits do not count in FAB.
         in_fab: They do: a place of the method's own that only needs other bits.
+        adapt: ``False``: the recipe's bits, whatever the bit policy chooses elsewhere; the place counts in FAB.
         pad_first: At the input of a convolution: quantize the zeros of its padding together with the tensor.
         keep_float: Remove quantizers that earlier rules put here.
     """
@@ -111,6 +112,7 @@ class Rule(Strict):
     quantizer: Optional[QuantizerSpec] = None
     bits: Any = None
     in_fab: bool = False
+    adapt: bool = True
     pad_first: bool = False
     keep_float: bool = False
 
@@ -122,6 +124,8 @@ class Rule(Strict):
             _check_bits(self.bits, "the rule's bits")
         if self.in_fab and self.bits is None:
             raise ValueError("in_fab is for a rule with bits of its own: places without count in FAB anyway")
+        if not self.adapt and (self.bits is not None or self.keep_float or self.port == "weight"):
+            raise ValueError("adapt: false is for an activation at the recipe's bits: leave it out here")
         if self.keep_float and (self.quantizer is not None or self.bits is not None):
             raise ValueError("a rule with keep_float takes neither 'quantizer' nor 'bits'")
         return self

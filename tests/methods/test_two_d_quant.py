@@ -91,10 +91,10 @@ def test_search_on_the_histogram_is_as_good_as_on_the_tensors(kind: str, bits: i
 
 
 def test_first_of_equal_candidates_wins() -> None:
-    """Two levels, both values on the first pair: nothing is lost; and where all lose the same, the widest stays."""
+    """The lower end, which stays, is where all values are: no pair loses anything, and the widest is taken."""
     x = torch.tensor([0.0, 0.0])
-    ends = search_bounds(x, None, 2, 100, ends=(torch.tensor(-3.0), torch.tensor(0.0)), one_sided=False)
-    assert ends == (torch.tensor(-3.0), torch.tensor(0.0))
+    ends = search_bounds(x, None, 2, 100, ends=(torch.tensor(0.0), torch.tensor(3.0)), one_sided=True)
+    assert ends == (torch.tensor(0.0), torch.tensor(3.0))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qsr_plugin import fragile_places, load_recipe, save_quantized
 from qsr_plugin.checkpoint import CheckpointError
+from qsr_plugin.errors import UserError
 from qsr_plugin.post_training import post_train
 from qsr_plugin.quant.schema import Rule
 from qsr_plugin.quant.surgery import quantizers
@@ -60,6 +62,28 @@ def test_fragile_places_get_their_bits_before_the_tuning(tiny_net, images, monke
     bits = {place: quantizer.candidates for place, quantizer in quantizers(made.net) if place.endswith("input")}
     assert bits.pop("body.0.conv1.input") == (8,) and set(bits.values()) == {(4,)}
     assert list(made.seconds) == ["calibration", "fragile places", "teacher", "weight_ranges", "ranges"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"losses": [{"type": "TeacherLos"}]}, "TeacherLoss"),
+        ({"losses": [{"type": "TeacherLoss", "weight": 1}]}, "unexpected keyword argument 'weight'"),
+        ({"losses": [{"type": "BlockFeatureLoss", "features": "blok:output"}]}, "cannot tap 'blok:output'"),
+        ({"stages": [{"train": ["ranges"], "iters": 1}]}, r"stages\[0\].lr.ranges is missing"),
+        ({"stages": [{"train": ["bits"], "iters": 1, "lr": {"bits": 1.0}}]}, "this network has no such parameters"),
+        ({"placement": "own", "placements": {"own": [{"role": "bloc.conv", "port": "input"}]}}, "no role 'bloc.conv'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused_before_the_work(
+    tiny_net, images, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], said: str
+) -> None:
+    net, asked = tiny_net(), load_recipe("percentile_ft", **changes)
+    with caplog.at_level("INFO", logger="qsr_plugin"), pytest.raises(UserError, match=said):
+        post_train(net, asked, images)
+    assert "calibrated" not in caplog.text and getattr(net, "recipe", None) is None
+    if "placement" not in changes:
+        post_train(net, asked, images, tuned=False)  # nothing of it matters then
 
 
 def test_no_crops(tiny_net) -> None:
