@@ -41,8 +41,8 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     if name not in known:
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
         raise OptionsError(
-            f"network_g.backbone.type: no arch '{kind}' is registered. {suggest(kind, names)} If a file of yours "
-            "defines it, import that file first; on the command line: qsr --import FILE.py ..."
+            f"network_g.backbone.type: no arch '{kind}' is registered. If a file of yours defines it, import that file "
+            f"first; on the command line: qsr --import FILE.py ... {suggest(kind, names)}"
         )
     build, arguments = ARCH_REGISTRY.get(name), {key: value for key, value in options.items() if key != "type"}
     named = [key for key, one in signature(build).parameters.items() if one.kind is not Parameter.VAR_KEYWORD]

@@ -26,6 +26,8 @@ from qsr_plugin.quant.surgery import persistent_state, plugin_keys, rebuilt_buff
 
 logger = logging.getLogger("qsr_plugin")
 
+#: Of files with quantized networks.
+ENDING = ".safetensors"
 #: Layouts of our files, of plain and of packed weights; raised when an older reader could misread a newer file.
 FORMAT, PACKED_FORMAT = 1, 2
 _SUFFIX_HELP = "expected a state dict saved as .pth (torch.save of tensors) or .safetensors"
@@ -82,8 +84,8 @@ def check_quantized_path(path: Union[str, Path]) -> None:
         CheckpointError: For another ending.
         OSError: If the folder cannot be made or written.
     """
-    if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"'{path}': quantized networks are saved as .safetensors; change the ending")
+    if Path(path).suffix != ENDING:
+        raise CheckpointError(f"'{path}': quantized networks are saved as {ENDING}; change the ending")
     check_writable(path)
 
 

@@ -10,6 +10,14 @@ from pathlib import Path
 from qsr_plugin import compat
 from qsr_plugin.errors import UserError
 
+#: What :func:`import_own` was given, in its order.
+_imported: list[str] = []
+
+
+def command() -> str:
+    """``qsr`` with the imports of this process, for commands that are shown to the user."""
+    return " ".join(["qsr", *(f"--import {name}" for name in _imported)])
+
 
 def import_own(name: str) -> None:
     """Import a file or module of the user after BasicSR and this package.
@@ -38,6 +46,8 @@ def import_own(name: str) -> None:
         raise
     except Exception as error:  # whatever the code of the user raises
         raise UserError(f"--import {name}: {type(error).__name__}: {error}") from error
+    if name not in _imported:
+        _imported.append(name)
 
 
 def _elsewhere(module: str, path: Path) -> bool:

@@ -71,8 +71,10 @@ def quantize(
     ] = None,
     seed: Annotated[int, Option(help="Seed of the draw of calibration crops.")] = 0,
     device: Annotated[str, Option(help="Where the networks run: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[Optional[int], Option(min=1, help="CPU threads.", show_default="all")] = None,
     out: Annotated[
-        Optional[Path], Option("-o", "--out", help="Quantized model to write, .safetensors; else here, NAME_w4a4.")
+        Optional[Path],
+        Option("-o", "--out", help="Quantized model to write, .safetensors, or a folder; else here, NAME_w4a4."),
     ] = None,
 ) -> None:
     """Quantize a float network without training: --images or --photos is all it needs.
@@ -80,9 +82,9 @@ def quantize(
     Writes OUT.safetensors, OUT.json (settings, scores, costs) and OUT.html (a page with pictures).
     """
     compat.import_host()
-    from torch import OutOfMemoryError
+    from torch import OutOfMemoryError, set_num_threads
 
-    from qsr_plugin.checkpoint import check_quantized_path, save_quantized
+    from qsr_plugin.checkpoint import ENDING, check_quantized_path, save_quantized
     from qsr_plugin.data.images import list_images
     from qsr_plugin.device import usable_device
     from qsr_plugin.float_networks import check_enlarges, open_float_network
@@ -99,12 +101,15 @@ def quantize(
     if (images is None) == (photos is None):
         raise typer.BadParameter("give one of --images (low resolution) and --photos (high resolution)")
     tuning = f"{steps}steps" if steps else "" if tuned else "untuned"
-    out = out or _named(weights, method, bits, placement, tuning)
+    named = _named(weights, method, bits, placement, tuning)
+    out = named if out is None else out / named if out.is_dir() else out if out.suffix else out.with_suffix(ENDING)
     if out.resolve() == weights.resolve():
         raise typer.BadParameter(f"-o {out} is the file of the float weights: choose another name")
     list_images(images or photos)
     check_quantized_path(out)
     place = usable_device(device)
+    if threads is not None:
+        set_num_threads(threads)
     network = open_float_network(weights, arch, scale)
     told = f"{weights.name}: {network.label} ({network.source}): {_arguments(network.options)}"
     console.print(told, highlight=False, markup=False)
@@ -118,6 +123,7 @@ def quantize(
     crops = _crops(images, photos, recipe, network.scale, seed, used)
     if len(used) < _FEW:
         console.print(f"note: only {len(used)} image(s) to calibrate on; {_FEW} or more are advised", highlight=False)
+    console.print(f"to do: {_plan(recipe, tuned)}; each shows the time it has left", highlight=False)
     network.net.to(place)
     check_enlarges(network, crops[0])
     keep_freed_memory()
@@ -134,6 +140,16 @@ def quantize(
     save_quantized(made.net, out)
     settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
     report_quantized(settings, tests, crops)
+
+
+def _plan(recipe: Any, tuned: bool) -> str:
+    """What takes time."""
+    parts = ["calibration"]
+    if recipe.fragile is not None:
+        parts += ["search for fragile places, each measured alone"]
+    if tuned and recipe.tuning is not None:
+        parts += [f"{sum(stage.iters for stage in recipe.stages)} steps of tuning"]
+    return ", ".join(parts)
 
 
 def _track(items: Sequence[Any], description: str) -> Iterable[Any]:

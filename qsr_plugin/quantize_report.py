@@ -15,6 +15,7 @@ from torch import Tensor
 from qsr_plugin.data.images import read_rgb, to_uint8
 from qsr_plugin.float_networks import FloatNetwork
 from qsr_plugin.memory import peak_memory
+from qsr_plugin.own_modules import command
 from qsr_plugin.post_training import PostTrained
 from qsr_plugin.progress import track
 from qsr_plugin.quant.schema import Recipe
@@ -152,7 +153,7 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     write_results(known, json)  # what ends a test later does not lose the settings
     scores: Scores = {}
     for name, folders in tests.items():
-        scores[name] = _score(name, nets, folders, settings.network.scale)
+        scores[name] = _score(name, nets, folders, settings)
         costs = next(iter(scores.values()))[settings.label][0]
         write_results(_with_scores(known, scores, costs), json)
     if not tests:
@@ -163,7 +164,8 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     write_page(_page(settings, groups, scores, costs, examples, likeness), html)
     console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)
     packed = settings.out.with_name(f"{settings.out.stem}_packed.safetensors")
-    told = f"{size(costs.storage_bits)} with packed weights: qsr export {settings.out} --format packed -o {packed}"
+    told = f"{command()} export {settings.out} --format packed -o {packed}"
+    told = f"{size(costs.storage_bits)} with packed weights (a file adds names and recipe): {told}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -192,22 +194,25 @@ def _least_bits(recipe: Recipe) -> int:
 def _print_seconds(seconds: Mapping[str, float]) -> None:
     """What each phase took: first the calibration, then all of the tuning."""
     begin = [name for name in seconds if name in ("calibration", "clipping", "fragile places")]
+    total = sum(seconds.values()) or 1.0
     for done, names in (("calibrated", begin), ("tuned", [name for name in seconds if name not in begin])):
-        total = sum(seconds[name] for name in names)
         if names:
-            console.print(f"{done} in {total:.0f} s", highlight=False)
+            console.print(f"{done} in {sum(seconds[name] for name in names):.0f} s", highlight=False)
         for name in names if len(names) > 1 else ():
-            console.print(f"  {name}: {seconds[name]:.0f} s, {seconds[name] / total:.0%}", highlight=False)
+            console.print(f"  {name}: {seconds[name]:.0f} s, {seconds[name] / total:.0%} of all", highlight=False)
 
 
-def _score(name: str, nets: Mapping[str, Any], folders: tuple[Path, Path], scale: int) -> dict[str, Scored]:
+def _score(name: str, nets: Mapping[str, Any], folders: tuple[Path, Path], settings: Settings) -> dict[str, Scored]:
     """Costs and scores of the networks on one test set, printed as well."""
     rows: dict[str, Scored] = {}
     for label, net in nets.items():
         told = f"testing {label} on {name}"
-        score = evaluate(net, *folders, scale, progress=lambda pairs, told=told: track(pairs, told, console))
+        score = evaluate(
+            net, *folders, settings.network.scale, progress=lambda pairs, told=told: track(pairs, told, console)
+        )
         rows[label] = complexity(net, bits=score.place_bits), score
-    console.print(results_table(rows, title=escape(f"{name} ({folders[0]})")))
+    title = f"{name} ({folders[0]}), placement {settings.made.recipe.placement}"
+    console.print(results_table(rows, title=escape(title)))
     return rows
 
 
@@ -266,6 +271,8 @@ def _page(
     for name, rows in scores.items():
         before, after = (score.psnr for _, score in rows.values())
         lines.append(f"{name}: PSNR {before:.2f} dB \N{RIGHTWARDS ARROW} {after:.2f} dB")
+    if told := _float_share(costs, made.recipe):
+        lines.append(told)
     few = ", ".join(settings.images[:8]) + (", ..." if len(settings.images) > 8 else "")
     facts = {
         "Float weights": str(settings.weights),

@@ -23,6 +23,8 @@ logger = logging.getLogger("qsr_plugin")
 
 #: Side in HR pixels of the crops that post-training methods calibrate on (Hong and Lee, CVPR 2024; 288 for RDN).
 CROP = 384
+#: Smaller images, in LR pixels, say nothing of the features of larger ones.
+LEAST = 8
 #: LR pixels on each side that the reducing kernel reaches, and one more.
 _REACH = 3
 
@@ -84,7 +86,8 @@ def crops_from_folder(
 
     They are neither flipped nor turned, where Hong and Lee (CVPR 2024) do both. Files are read one at a time, and only
     their crops are kept. Where a side is shorter than a crop, all of it is used; crops of equal size share a batch. A
-    file that cannot be used is told in a warning, and another one takes its place as long as there are more.
+    file that cannot be used, or has less than :data:`LEAST` LR pixels, is told in a warning, and another one takes its
+    place as long as there are more.
 
     Args:
         folder: Images of any sizes.
@@ -147,12 +150,14 @@ def _crop(path: Path, scale: int, side: int, rng: random.Random) -> Tensor:
     """One crop ``(1, 3, h, w)`` of an image, or of what it is when reduced.
 
     Raises:
-        ValueError: If the file cannot be read, or is smaller than one LR pixel.
+        ValueError: If the file cannot be read, or has sides of less than :data:`LEAST` LR pixels.
     """
     image = read_rgb(path)
     lengths = [length // scale for length in image.shape[:2]]
-    if 0 in lengths:
-        raise ValueError(f"{path}: is {image.shape[1]}x{image.shape[0]}, too small to be reduced {scale} times")
+    if min(lengths) < LEAST:
+        reduced = f", and {lengths[1]}x{lengths[0]} when reduced {scale} times" if scale > 1 else ""
+        size = f"{image.shape[1]}x{image.shape[0]}{reduced}"
+        raise ValueError(f"{path}: is {size}: too small to calibrate on, {LEAST}x{LEAST} are needed")
     height, width = (min(side, length) for length in lengths)
     top, left = rng.randint(0, lengths[0] - height), rng.randint(0, lengths[1] - width)
     if scale == 1:

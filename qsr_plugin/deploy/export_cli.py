@@ -100,15 +100,19 @@ def export(
 
     check_writable(out)
     net = load_quantized(model)
-    if form is Format.PACKED:
-        report = save_packed(net, out, half=half, collapse=collapse)
-        console.print(packed_table(report))
-        said = "\n".join([*_collapsed(report), f"wrote {out}"])
-    elif form is Format.PLAIN:
-        said = str(save_plain(net, out))
-    else:
-        tail = None if tail_images is None else list(crops_from_folder(tail_images, images=TAIL_IMAGES, batch=1))
-        said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail, signed=signed))
+    try:
+        if form is Format.PACKED:
+            report = save_packed(net, out, half=half, collapse=collapse)
+            console.print(packed_table(report))
+            said = "\n".join([*_collapsed(report), f"wrote {out}"])
+        elif form is Format.PLAIN:
+            said = str(save_plain(net, out))
+        else:
+            tail = None if tail_images is None else list(crops_from_folder(tail_images, images=TAIL_IMAGES, batch=1))
+            said = str(export_onnx(net, out, input_size, bits=bits, tail_images=tail, signed=signed))
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {out} is not written", highlight=False, markup=False, soft_wrap=True)
+        raise
     for line in said.splitlines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

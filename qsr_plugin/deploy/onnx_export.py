@@ -7,6 +7,7 @@ compared with PyTorch before it is written.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from qsr_plugin.deploy.onnx_operators import translations
 from qsr_plugin.deploy.tail import collapse_tail
 from qsr_plugin.deploy.tail_bits import quantize_tail
 from qsr_plugin.errors import UserError
+from qsr_plugin.report.tables import size as size_text
+
+logger = logging.getLogger("qsr_plugin")
 
 #: uint16 carriers need 21.
 OPSET = 21
@@ -77,7 +81,7 @@ class ExportReport:
         )
         any_size += f" from {self.minimum} pixels" if self.minimum > self.multiple else ""
         kind = any_size if self.dynamic else f"{self.size[0]}x{self.size[1]} pixels only"
-        lines = [f"{self.path}: {self.bytes / 1e6:.2f} MB, ONNX opset {OPSET}, {kind}", *self.steps]
+        lines = [f"{self.path}: {size_text(8 * self.bytes)}, ONNX opset {OPSET}, {kind}", *self.steps]
         if self.float_layers:
             named = ", ".join(self.float_layers[:4]) + (" ..." if len(self.float_layers) > 4 else "")
             lines.append(f"weights kept float, their grid does not fit into bytes: {len(self.float_layers)} ({named})")
@@ -198,6 +202,10 @@ class _Free:
     images: bool = True
     told: tuple[str, ...] = ()
 
+    def of(self, size: tuple[int, int]) -> str:
+        """What sizes it takes, in words."""
+        return "any size" if self.sides else f"{size[0]}x{size[1]}"
+
 
 def _traced(
     net: nn.Module, size: tuple[int, int], sides: _Sides, passes: bool, kind: str
@@ -207,9 +215,12 @@ def _traced(
     larger = (found[0] + 3 * sides.multiple, found[1] + 5 * sides.multiple)
     for free in (_Free(), _Free(images=False), _Free(images=False, sides=False)):
         try:
+            wanted = f"{'any number of images' if free.images else 'one image'} of {free.of(size)}"
+            logger.info("tracing this %s for %s; large networks take minutes", kind, wanted)
             model = _exported(net, size, sides.multiple, free)
             moved = quantize_before_shuffle(model) if passes else 0
             batches = [(1, found), (3 if free.images else 1, larger)] if free.sides else [(1, size)]
+            logger.info("comparing the result with PyTorch")
             agreement = compare(model, net, batches)
         except Exception as error:  # the exporter and the runtime raise many kinds
             problem = _cause(error)

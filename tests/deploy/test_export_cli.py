@@ -92,6 +92,18 @@ def test_options_that_do_not_fit(monkeypatch, model: Path, arguments: tuple, mes
     assert [path.name for path in model.parent.iterdir()] == ["net.safetensors"]
 
 
+def test_an_interrupted_export_says_so(monkeypatch, model: Path, tmp_path: Path) -> None:
+    def interrupted(*given: object, **others: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qsr_plugin, "export_onnx", interrupted)
+    out = tmp_path / "net.onnx"
+    assert f"interrupted: {out} is not written" in qsr(
+        monkeypatch, "export", model, "-o", out, "--format", "onnx", fails=True
+    )
+    assert not out.exists()
+
+
 def test_a_float_checkpoint_is_no_quantized_one(monkeypatch, tiny_net, tmp_path: Path) -> None:
     save_file(tiny_net().state_dict(), tmp_path / "float.safetensors")
     given = ("export", tmp_path / "float.safetensors", "-o", tmp_path / "out.pth", "--format", "plain")

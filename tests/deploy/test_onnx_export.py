@@ -120,6 +120,16 @@ def test_more_than_8_bits_have_no_signed_carrier(edsr, images, tmp_path: Path) -
     assert psnr(open_engine(tmp_path / "net.onnx")(image), output(net, image)) > 60
 
 
+def test_long_steps_are_told_when_they_begin(edsr, images, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qsr_plugin"):
+        export_onnx(quantized(edsr, "minmax", 8, images), tmp_path / "net.onnx")
+    told = [record.message for record in caplog.records if record.message.startswith(("tracing", "comparing"))]
+    assert told == [
+        "tracing this EDSR for any number of images of any size; large networks take minutes",
+        "comparing the result with PyTorch",
+    ]
+
+
 def test_what_a_reader_needs_is_in_the_file(edsr, images, tmp_path: Path) -> None:
     net = quantized(edsr, "pams", 4, images)
     export_onnx(net, path := tmp_path / "net.onnx")

@@ -40,6 +40,7 @@ def test_a_network_of_the_user_is_quantized_and_reported(project: Path) -> None:
     assert "2 of 4 layers at W4A4" in made.stdout
     guessed = "ToyNet has no role table. Guessed from a run: head head; tail tail.0; the body is the other 2 layers"
     assert guessed in made.stdout
+    assert "qsr --import my_networks.py export t_minmax_w4a4.safetensors" in " ".join(made.stdout.split())
     for form in (own, ("--import", "my_networks")):
         told = qsr(project, *form, "report", "t_minmax_w4a4.safetensors")
         assert told.returncode == 0 and "ToyNet" in told.stdout, told.stderr

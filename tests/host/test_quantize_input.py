@@ -71,6 +71,20 @@ def test_unreadable_images_are_left_out_and_named(qsr: SAYS, weights: Path, phot
     assert len(json.loads(Path("tiny_minmax_w8a8.json").read_text())["calibration"]["names"]) == 3
 
 
+@pytest.mark.parametrize(("option", "factor"), [("--images", 1), ("--photos", 2)])
+def test_images_of_a_few_pixels_are_left_out(
+    qsr: SAYS, weights: Path, tmp_path: Path, option: str, factor: int
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for side in (7, 8):
+        Image.new("RGB", (9 * factor, side * factor), "teal").save(folder / f"{side}.png")
+    said = qsr(weights, option, folder)
+    reduced = ", and 9x7 when reduced 2 times" if factor > 1 else ""
+    told = f"7.png: is {9 * factor}x{7 * factor}{reduced}: too small to calibrate on, 8x8 are needed"
+    assert told in said and f"1 image(s) of {folder} left out, 1 used" in said
+
+
 def test_no_image_that_can_be_used(qsr: SAYS, weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

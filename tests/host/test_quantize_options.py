@@ -42,6 +42,28 @@ def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -
     assert "calibration image 3" in page and "photo0.png" in page and page.count("data:image/png;base64,") == 3 * 4
 
 
+def test_a_name_without_ending_and_a_folder_for_the_result(qsr: SAYS, weights: Path, photos: Path) -> None:
+    assert "wrote mine.safetensors, mine.json and mine.html" in qsr(weights, "--photos", photos, "-o", "mine")
+    Path("made").mkdir()
+    said = qsr(weights, "--photos", photos, "-o", "made", "--threads", 1)
+    assert "wrote made/tiny_minmax_w8a8.safetensors" in said and load_quantized("made/tiny_minmax_w8a8.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plan"),
+    [
+        (["--method", "minmax"], "calibration"),
+        (["--method", "percentile_ft", "--steps", 10], "calibration, 10 steps of tuning"),
+        (["--no-tune"], "calibration, search for fragile places, each measured alone"),
+    ],
+)
+def test_what_takes_time_is_told_before(
+    qsr: SAYS, weights: Path, photos: Path, arguments: list[object], plan: str
+) -> None:
+    said = qsr(weights, "--photos", photos, *arguments)
+    assert f"to do: {plan}; each shows the time it has left" in said.split("calibrating:")[0]
+
+
 def test_defaults(qsr: SAYS, weights: Path, photos: Path) -> None:
     assert "layers at W4A4" in qsr(weights, "--photos", photos, "--no-tune")
     data = json.loads(Path("tiny_w4a4_untuned.json").read_text())
