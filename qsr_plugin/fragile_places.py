@@ -73,8 +73,8 @@ def with_fragile_places(
     the share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight
     bits x activation bits, so that the second operand of a layer costs more than the first. The outer layers, those
     with bits of their own, are no part of it: they are chosen apart, and cost at most the share
-    ``recipe.fragile.outer_budget`` of what all layers cost. Places that the recipe raises already count as spent, so a
-    recipe that comes from here comes back as it is unless there is room left.
+    ``recipe.fragile.outer_budget`` of what all layers cost, each at its own bits. Places that the recipe raises already
+    count as spent, so a recipe that comes from here comes back as it is unless there is room left.
 
     Args:
         net: Quantized with a recipe that has ``fragile``, calibrated; not changed.
@@ -104,8 +104,10 @@ def with_fragile_places(
 
 
 def _base(recipe: Recipe, layers: Sequence[_Layer]) -> float:
-    """Bit operations of layers at the recipe's own bits."""
-    return sum(layer.bitops({port: _own_bits(recipe, port) for port in layer.places}) for layer in layers)
+    """Bit operations of layers with the bits they have before any place is raised."""
+    return sum(
+        layer.bitops({port: _bits_before(recipe, place) for port, place in layer.places.items()}) for layer in layers
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +207,11 @@ def _middle(image: Tensor, axis: int) -> Tensor:
     return image.narrow(axis, (image.shape[axis] - length) // 2, length)
 
 
-def _own_bits(recipe: Recipe, port: str) -> int:
-    return recipe.bits.weight if port == "weight" else recipe.bits.act
+def _bits_before(recipe: Recipe, place: Place) -> int:
+    """Those of the place's own rule, but for one that raised it; else the recipe's."""
+    if place.own_bits and recipe.rules[place.rule].match != place.name:
+        return place.bits
+    return recipe.bits.weight if place.port == "weight" else recipe.bits.act
 
 
 def _raised_to(recipe: Recipe) -> int:

@@ -261,6 +261,14 @@ def test_outer_places_do_not_count_in_fab_and_are_told_by_the_label(float_net, i
     assert method_label(given) == "minmax W8A8" and method_label(after) == "minmax W8A8+"
 
 
+def test_bits_that_outer_layers_have_from_the_start_are_not_spent(float_net, images) -> None:
+    """8 bits outside and 4 within; the budget is for what goes beyond."""
+    given = minmax(fragile={"bits": 16, "budget": 0.01, "outer_budget": 0.5})
+    after = choose(float_net, given, images)
+    assert raised(after, given) == of_outer(raised(after, given)) != []
+    assert choose(float_net, after, images) is after
+
+
 def test_outer_layers_that_have_as_many_bits_as_fragile_ones_stay(float_net, images) -> None:
     """8 bits outside and 4 within: the places of the body go to 8, the others have them."""
     given = minmax(fragile={"bits": [8, 16], "budget": 0.34, "outer_budget": 1.0})
