@@ -132,9 +132,20 @@ class Job:
 def key_of(origin: Mapping[str, Any]) -> str:
     """Short name of what a row is made from. Of the placements of its recipe only its own counts."""
     if recipe := origin.get("recipe"):
+        recipe = _with_defaults(recipe)
         own = recipe["placements"].get(origin["placement"])
         origin = {**origin, "recipe": {**recipe, "placement": None, "placements": own}}
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe of an older version with the keys that are new since then; as it is where it is none any more."""
+    from qsr_plugin.quant.recipe import RecipeError, load_recipe
+
+    try:
+        return load_recipe(recipe).to_dict()
+    except RecipeError:
+        return recipe
 
 
 @lru_cache

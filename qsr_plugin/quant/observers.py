@@ -16,9 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from qsr_plugin.errors import suggest
-from qsr_plugin.quant.ops import TINY_RANGE, fake_quantize
+from qsr_plugin.quant.ops import TINY_RANGE
+from qsr_plugin.quant.passes import quantized
 
 Range = tuple[Tensor, Tensor]
+#: Elements that stay in the cache of a CPU core while many ranges are tried on them.
+CACHED = 2**18
 #: How batches are joined: the weight of the past in [0, 1), or the plain mean of all.
 Momentum = Union[Annotated[float, Field(ge=0, lt=1)], Literal["mean"]]
 
@@ -89,17 +92,18 @@ def omse(x: Tensor, low: Tensor, high: Tensor, bits: int, candidates: int, shrin
     Returns:
         ``(low, high)`` of the best candidate.
     """
-    flat, steps = x.detach().float().flatten(), 2.0**bits - 1.0
-    best, best_error = (low, high), None
-    for index in range(candidates):
-        factor = 1.0 - shrink * index
-        lo, hi = low * factor, high * factor
-        span = (hi - lo).clamp_min(TINY_RANGE)
-        error = (fake_quantize(flat, span, steps, (0.0, steps), bounds=(lo, hi), anchor=lo) - flat).square().mean()
-        better = best_error is None or bool(error < best_error)
-        if better:
-            best, best_error = (lo, hi), error
-    return best
+    steps = 2.0**bits - 1.0
+    ranges = [(low * (1.0 - shrink * index), high * (1.0 - shrink * index)) for index in range(candidates)]
+    spans = [(hi - lo).clamp_min(TINY_RANGE) for lo, hi in ranges]
+    errors = torch.zeros(candidates, dtype=torch.float64, device=x.device)
+    for part in x.detach().float().flatten().split(CACHED):
+        lost = []
+        for (lo, _), span in zip(ranges, spans):
+            error = quantized(part, steps / span, span / steps, 0.0, (0.0, steps), lo).sub_(part)
+            lost.append(torch.dot(error, error))
+        errors += torch.stack(lost)
+    errors = errors.tolist()
+    return ranges[min(range(candidates), key=errors.__getitem__)]
 
 
 def refuse_non_finite(x: Tensor) -> None:

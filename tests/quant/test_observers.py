@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qsr_plugin.quant import observers
 from qsr_plugin.quant.observers import Observer, build_observer, minmax, omse, percentile, quantiles, sample_max
 
 BATCHES = [torch.tensor(b) for b in ([-1.0, 0.0, 2.0, 5.0], [-3.0, 1.0, 4.0], [-0.5, 0.5])]
@@ -63,6 +64,13 @@ def test_omse_is_the_first_best_of_its_candidates(bits: int) -> None:
     assert best > 0, "an example on which the search has something to find"
     assert found_high.item() == pytest.approx(high.item() * (1 - 0.01 * best))
     assert found_low.item() == pytest.approx(low.item() * (1 - 0.01 * best))
+
+
+def test_omse_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) ** 3
+    whole = [omse(x, *minmax(x), bits, 90) for bits in (2, 3, 4, 6)]
+    monkeypatch.setattr(observers, "CACHED", 192)
+    assert [omse(x, *minmax(x), bits, 90) for bits in (2, 3, 4, 6)] == whole
 
 
 def test_omse_of_equal_candidates_keeps_the_widest() -> None:

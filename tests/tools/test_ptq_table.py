@@ -102,6 +102,9 @@ def test_what_a_row_depends_on(jobs: list[Job], data: Path, tmp_path: Path) -> N
     assert Job.read(json.loads(json.dumps(job.to_dict()))).key() == job.key()
     placements = {**job.recipe["placements"], "more": job.recipe["placements"]["body"]}
     assert replace(job, recipe={**job.recipe, "placement": "more", "placements": placements}).key() == job.key()
+    older = [{key: value for key, value in rule.items() if key != "pad_first"} for rule in placements["body"]]
+    assert older != placements["body"]
+    assert replace(job, recipe={**job.recipe, "placements": {**placements, "body": older}}).key() == job.key()
     placements["body"] = placements["body"][:1]
     assert replace(job, recipe={**job.recipe, "placements": placements}).key() != job.key()
 
