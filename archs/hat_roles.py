@@ -40,6 +40,7 @@ def hat_roles(net: nn.Module) -> Optional[RoleTable]:
         "block.addition": ("layers.*:addition",),
         "block.linear": _LINEAR,
         "block.mlp": _MLP,
+        "block.mlp_last": _MLP[1::2],
         "block.attention": tuple(
             f"{part}:{port}" for part in (f"{_BLOCK}.attn", _OVERLAP) for port in ("query", "key", "attention", "value")
         ),

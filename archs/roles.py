@@ -16,6 +16,7 @@ refused. Roles used by the shipped recipes:
 ``block.addition``          both operands of the addition, through one quantizer; only in blocks without batch norm
 ``block.linear``            transformers: the linear layers of a block
 ``block.mlp``               those of its MLPs
+``block.mlp_last``          the last of each MLP, which reads what comes out of a GELU
 ``block.attention``         operands of the matrix products of attention: queries, keys, attention map, values
 ``body_end``                convolutions of the body outside of its blocks: after the last one, or joining several
 ``upsampler``               convolutions that raise the resolution
@@ -185,6 +186,7 @@ def _swinir(net: nn.Module) -> Optional[RoleTable]:
         "block.addition": ("layers.*:addition",),
         "block.linear": linear,
         "block.mlp": linear[2:],
+        "block.mlp_last": linear[3:],
         "block.attention": tuple(f"{group}.attn:{port}" for port in ("query", "key", "attention", "value")),
         "body_end": body_end,
         **_swinir_ends(net),

@@ -17,7 +17,7 @@ from qsr_plugin.quant.recipe import list_methods, load_recipe
 from qsr_plugin.quant.schema import Recipe
 
 #: Roles that transformers alone have.
-TRANSFORMER_ROLES = ("block.linear", "block.mlp", "block.attention")
+TRANSFORMER_ROLES = ("block.linear", "block.mlp", "block.mlp_last", "block.attention")
 
 
 def is_adaptive(method: str) -> bool:

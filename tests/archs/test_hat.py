@@ -199,6 +199,7 @@ def test_roles_name_every_layer_once() -> None:
     assert sorted(named) == sorted(layers)
     assert len(names_of(net, "block.conv")) == 5 * 4 + 2 * 4 + 2, "of five blocks, two overlapping attentions, two ends"
     assert len(names_of(net, "block.mlp")) == 2 * 7
+    assert names_of(net, "block.mlp_last") == [name for name in names_of(net, "block.mlp") if name.endswith("fc2")]
 
 
 def test_a_class_of_this_name_from_elsewhere_has_roles_from_what_it_executes() -> None:

@@ -88,7 +88,7 @@ def test_32_bits_reproduce_the_float_network_exactly(tiny_net, images, method: s
     recipe = load_recipe(method)
     for placement in by_role(method):
         # Every bit width of the recipe is float, those of single rules included.
-        rules = [{**r.model_dump(exclude_none=True), "bits": 32} for r in recipe.placements[placement]]
+        rules = [{**r.model_dump(exclude_none=True), "bits": 32, "adapt": True} for r in recipe.placements[placement]]
         net = quantize_model(
             tiny_net(backbone),
             load_recipe(recipe, weight_bits=32, act_bits=32, placement="all", placements={"all": rules}),
