@@ -234,10 +234,8 @@ class Quantizer(nn.Module):
             return
         low, high = found
         if bool((high <= low).all()):
-            logger.warning(
-                "%s: all observed values are %g: its range will not fit others; calibrate on more images",
-                self.site, high.max(),
-            )  # fmt: skip
+            told = "%s: all observed values are %g: its range will not fit others; calibrate on more images"
+            logger.warning(told, self.site, high.max())
         with torch.no_grad():
             self.set_range(low, high)
         self.mark_calibrated()
