@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import basicsr  # noqa: F401  (registers the backbones)
@@ -116,7 +115,7 @@ def test_features_that_the_authors_of_2dquant_compare() -> None:
     check_tuning(quantize_model(tiny("SwinIR"), load_recipe("2dquant", losses=losses)))
 
 
-def adaptive(net: nn.Module) -> dict[str, Quantizer]:
+def activations(net: nn.Module) -> dict[str, Quantizer]:
     return {place: quantizer for place, quantizer in quantizers(net) if quantizer.role == "act"}
 
 
@@ -125,11 +124,11 @@ def test_adabm_keeps_the_local_fusion_of_rdn_at_the_recipes_bits(placement: str)
     """Dense and both global fusion convolutions adapt; the local fusion has b bits and counts; the rest is 8 bits."""
     net = quantize_model(tiny("RDN"), load_recipe("adabm", weight_bits=4, act_bits=4, placement=placement))
     by_widths: dict[tuple[int, ...], set[str]] = {}
-    for place, quantizer in adaptive(net).items():
+    for place, quantizer in activations(net).items():
         by_widths.setdefault(quantizer.candidates, set()).add(place)
     fusion = by_widths.pop((4,))
     assert fusion == {f"RDBs.{block}.LFF.input" for block in range(len(net.RDBs))}
-    assert all(adaptive(net)[place].counts_in_fab for place in fusion)
+    assert all(activations(net)[place].counts_in_fab for place in fusion)
     chosen = by_widths.pop((2, 3, 4, 5, 6))
     assert {"GFF.0.input", "GFF.1.input"} <= chosen
     assert all(".convs." in place or place.startswith("GFF") for place in chosen)
@@ -157,7 +156,7 @@ def test_several_candidates_have_no_width_of_their_own(tiny_net: Any) -> None:
     rule = {"role": "block.conv", "port": "input", "adapt": False}
     recipe = load_recipe("cadyq", placement="own", placements={"own": [rule]})
     with pytest.raises(RecipeError, match=r"adapt: false needs one width, and bits.act is \[4, 6, 8\]"):
-        quantize_model(deepcopy(tiny_net()), recipe)
+        quantize_model(tiny_net(), recipe)
 
 
 def test_a_place_that_does_not_adapt_runs_at_the_recipes_bits() -> None:

@@ -196,7 +196,7 @@ def _place(recipe: Recipe, rule: Rule, number: int, name: str, module: nn.Module
     chosen = recipe.act_widths if rule.adapt else recipe.bits.act
     bits = rule.bits if rule.bits is not None else (recipe.bits.weight if weight else chosen)
     if not rule.adapt and isinstance(bits, tuple):
-        raise RecipeError(f"{where}: adapt: false needs one width, and bits.act is {list(bits)}: give the rule 'bits'")
+        raise RecipeError(f"{where}: adapt: false needs one width, and bits.act is {list(bits)}: give 'bits' instead")
     cls, role = quantizer_class(spec.type), "weight" if weight else "act"
     low, high = cls.bits_span
     widths = bits if isinstance(bits, tuple) else (bits,)
