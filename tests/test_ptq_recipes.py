@@ -89,6 +89,10 @@ def test_methods_of_one_comparison_have_the_same_places(backbone: str, method: s
     assert places[0] == places[1]
 
 
+def activations(net: nn.Module) -> dict[str, Quantizer]:
+    return {place: quantizer for place, quantizer in quantizers(net) if quantizer.role == "act"}
+
+
 @pytest.mark.parametrize("method", ["minmax", "percentile", "ptq4sr", "2dquant"])
 def test_transformer_places_are_those_of_the_published_comparison(method: str) -> None:
     """All linear layers and four operands of attention in each block; no convolution. Weights take both bounds."""
@@ -96,7 +100,7 @@ def test_transformer_places_are_those_of_the_published_comparison(method: str) -
     blocks = [name for name, module in net.named_modules() if type(module).__name__ == "SwinTransformerBlock"]
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert blocks and weights_of(net) == {f"{block}.{layer}" for block in blocks for layer in layers}
-    acts = {place for place, quantizer in quantizers(net) if quantizer.role == "act"}
+    acts = set(activations(net))
     assert len(acts) == 8 * len(blocks) and {f"{block}.mlp.fc2.input" for block in blocks} <= acts
     weights = [quantizer for _, quantizer in quantizers(net) if quantizer.role == "weight"]
     assert all(len(list(quantizer.range_parameters())) == 2 for quantizer in weights), "lower and upper"
@@ -105,7 +109,7 @@ def test_transformer_places_are_those_of_the_published_comparison(method: str) -
 def test_the_search_moves_the_upper_end_alone_behind_a_gelu() -> None:
     """Published by the kind of tensor: whatever the values of the calibration are."""
     net = quantize_model(tiny("SwinIR"), load_recipe("2dquant", placement="transformer"))
-    found = {place: quantizer.options.search for place, quantizer in quantizers(net) if quantizer.role == "act"}
+    found = {place: quantizer.options.search for place, quantizer in activations(net).items()}
     assert {search for place, search in found.items() if place.endswith("mlp.fc2.input")} == {"upper"}
     assert {search for place, search in found.items() if not place.endswith("mlp.fc2.input")} == {"auto"}
 
@@ -113,10 +117,6 @@ def test_the_search_moves_the_upper_end_alone_behind_a_gelu() -> None:
 def test_features_that_the_authors_of_2dquant_compare() -> None:
     losses = [{"type": "TeacherLoss"}, {"type": "UnitFeatureMSELoss", "features": "layers.*.residual_group:output"}]
     check_tuning(quantize_model(tiny("SwinIR"), load_recipe("2dquant", losses=losses)))
-
-
-def activations(net: nn.Module) -> dict[str, Quantizer]:
-    return {place: quantizer for place, quantizer in quantizers(net) if quantizer.role == "act"}
 
 
 @pytest.mark.parametrize("placement", ["rdn", "rdn_full"])
