@@ -11,16 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from qsr_plugin.progress import Progress, no_progress
 from qsr_plugin.quant.calibrate import calibrate
 from qsr_plugin.quant.places import Place, find_places
+from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.schema import Recipe, Rule
-from qsr_plugin.quant.surgery import quantize_model
+from qsr_plugin.quant.surgery import quantize_model, quantizers
 from qsr_plugin.report.complexity import complexity
 from qsr_plugin.report.complexity_types import SiteCost
 from qsr_plugin.report.sensitivity import output_errors
@@ -66,8 +67,8 @@ class _Layer:
 
 def with_fragile_places(
     net: nn.Module, float_net: nn.Module, crops: Sequence[Tensor], *, progress: Progress = no_progress
-) -> Recipe:
-    """The recipe of a calibrated network with more bits for the places where they remove most damage for their cost.
+) -> nn.Module:
+    """A calibrated network with more bits for the places where they remove most damage for their cost.
 
     Inputs and weights are raised each for itself, to a width of ``recipe.fragile.bits``. Those of the body cost at most
     the share ``recipe.fragile.budget`` of what all layers of the body cost at the recipe's own bits, in MACs x weight
@@ -83,8 +84,8 @@ def with_fragile_places(
         progress: Shows how far the measurement is.
 
     Returns:
-        The recipe with a rule for each place raised, at the end of its placement; the same recipe if no place has fewer
-        bits than that, none fits, or none of those that fit matters.
+        A calibrated network in evaluation mode, whose recipe has a rule for each place raised at the end of its
+        placement; ``net`` itself if no place has fewer bits than that, none fits, or none of those that fit matters.
 
     Raises:
         RecipeError: If the recipe has no ``fragile``, or a quantizer cannot do that many bits.
@@ -100,7 +101,14 @@ def with_fragile_places(
     chosen = search.choose(body, "the body", recipe.fragile.budget, _base(recipe, body))
     if share := recipe.fragile.outer_budget:
         chosen += search.choose(outer, "the outer layers", share, _base(recipe, layers))
-    return _with_rules(recipe, _rules(recipe, chosen)) if chosen else recipe
+    return search.made_with(chosen) if chosen else net
+
+
+def _depends_on_others(net: nn.Module) -> bool:
+    """Whether the range of a place depends on the bits of others, so that all of them are calibrated together."""
+    alone = Quantizer.settle.__func__
+    settled = any(type(quantizer).settle.__func__ is not alone for _, quantizer in quantizers(net))
+    return settled or net.recipe.calibration.fit > 0
 
 
 def _base(recipe: Recipe, layers: Sequence[_Layer]) -> float:
@@ -118,6 +126,19 @@ class _Search:
     float_net: nn.Module
     crops: Sequence[Tensor]
     progress: Progress
+    #: Calibrated with more bits, by place.
+    raised: dict[str, Quantizer] = field(default_factory=dict)
+
+    def made_with(self, chosen: Sequence[tuple[_Layer, str]]) -> nn.Module:
+        """The network with more bits at some places, calibrated."""
+        recipe = _with_rules(self.net.recipe, _rules(self.net.recipe, chosen))
+        made = quantize_model(deepcopy(self.float_net), recipe).eval()
+        if _depends_on_others(self.net):
+            return calibrate(made, self.crops)
+        known = dict(quantizers(self.net)) | {_name(*one): self.raised[_name(*one)] for one in chosen}
+        for place, quantizer in quantizers(made):
+            quantizer.load_state_dict(known[place].state_dict())
+        return made
 
     def choose(self, layers: Sequence[_Layer], told: str, share: float, base: float) -> list[tuple[_Layer, str]]:
         """Places of some layers, called ``told``, for at most a share of the bit operations ``base``."""
@@ -148,6 +169,7 @@ class _Search:
             return {}
         alone = _only_rules(self.net.recipe, _rules(self.net.recipe, able))
         raised = calibrate(quantize_model(deepcopy(self.float_net), alone), self.crops)
+        self.raised.update(quantizers(raised))
         after = self._damage(raised, able, probes)
         return {name: before[name] - damage for name, damage in after.items() if before[name] - damage > least}
 

@@ -66,16 +66,13 @@ def post_train(
         from qsr_plugin.fragile_places import with_fragile_places
 
         begun = perf_counter()
-        raised = with_fragile_places(net, float_net, crops, progress=progress)
+        net = with_fragile_places(net, float_net, crops, progress=progress)
         seconds["fragile places"] = perf_counter() - begun
-        fragile = tuple(f"{rule.match}.{rule.port}" for rule in raised.rules[len(recipe.rules) :])
-        if fragile:
-            recipe = raised
-            net = _calibrated(float_net, recipe, crops, seconds, progress)
+        fragile = tuple(f"{rule.match}.{rule.port}" for rule in net.recipe.rules[len(recipe.rules) :])
     if tuned and recipe.tuning is not None:
         seconds |= tune(net, float_net, crops, progress=lambda steps: progress(steps, "tuning"))
     net._last_record = None  # bits chosen on calibration crops are no figure of the network
-    return PostTrained(net, recipe, seconds, fragile)
+    return PostTrained(net, net.recipe, seconds, fragile)
 
 
 def check_recipe(float_net: nn.Module, recipe: Recipe, *, tuned: bool = True) -> None:
@@ -109,9 +106,6 @@ def _tell_unnamed(float_net: nn.Module) -> None:
 def _calibrated(
     float_net: nn.Module, recipe: Recipe, crops: Sequence[Tensor], seconds: dict[str, float], progress: Progress
 ) -> nn.Module:
-    """A calibrated copy; adds what it took to ``seconds``."""
-    net, spent = quantize_model(deepcopy(float_net), recipe).eval(), {}
-    calibrate(net, progress(crops, "calibrating"), spent=spent)
-    for name, one in spent.items():
-        seconds[name] = seconds.get(name, 0.0) + one
-    return net
+    """A calibrated copy; ``seconds`` is given what that took."""
+    net = quantize_model(deepcopy(float_net), recipe).eval()
+    return calibrate(net, progress(crops, "calibrating"), spent=seconds)

@@ -19,6 +19,7 @@ from qsr_plugin.quant.recipe import RecipeError
 from qsr_plugin.quant.schema import Recipe
 from qsr_plugin.quant.surgery import quantizers
 from qsr_plugin.report.complexity import method_label
+from tests.recipes import METHODS
 
 
 def minmax(bits: int = 4, fragile: dict[str, Any] | None = None, **changes: Any) -> Recipe:
@@ -32,7 +33,7 @@ def quantized(float_net: nn.Module, recipe: Recipe, images: list[Tensor]) -> nn.
 
 
 def choose(float_net: nn.Module, recipe: Recipe, images: list[Tensor], **more: Any) -> Recipe:
-    return with_fragile_places(quantized(float_net, recipe, images), float_net, images, **more)
+    return with_fragile_places(quantized(float_net, recipe, images), float_net, images, **more).recipe
 
 
 def raised(recipe: Recipe, before: Recipe) -> list[str]:
@@ -96,6 +97,24 @@ def test_the_places_that_remove_most_damage_for_their_cost_are_chosen(float_net,
         left -= price[want[-1]]
     assert want[0] == ("body.2.conv1", "weight"), "the one with the outlier"
     assert raised(after, before) == [f"{name}.{port}" for name, port in want]
+
+
+FIXED = [method for method in METHODS if load_recipe(method, weight_bits=4, act_bits=4).policy.type == "fixed"]
+
+
+@pytest.mark.parametrize("fit", [0, 3])
+@pytest.mark.parametrize("method", FIXED)
+def test_the_network_is_the_one_that_its_recipe_makes(float_net, images, method: str, fit: int) -> None:
+    """Bit for bit, though few places are calibrated again; in evaluation mode, and able to run."""
+    recipe = load_recipe(method, weight_bits=4, act_bits=4, fragile={"bits": 8, "budget": 0.34, "outer_budget": 0.2})
+    recipe = load_recipe(recipe, calibration={"fit": fit})
+    net = with_fragile_places(quantized(float_net, recipe, images), float_net, images)
+    assert raised(net.recipe, recipe) and not net.training
+    want = quantized(float_net, net.recipe, images)
+    found = net.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in want.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(net(images[0]), want(images[0]))
 
 
 def told_errors(monkeypatch: pytest.MonkeyPatch, damages: dict[int, dict[str, float]]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qsr_plugin.quant.record import evaluating, fitting, float_mode
 from qsr_plugin.quant.surgery import policies, quantizers, sites
+from qsr_plugin.quant.visits import short_passes
 
 logger = logging.getLogger("qsr_plugin")
 
@@ -83,11 +84,11 @@ def calibrate(
     images = [images] if isinstance(images, Tensor) else images
     device, fit = next(net.parameters()).device, _fit_images(net) if ranges else 0
     count, kept, spent, begun = 0, [], {} if spent is None else spent, perf_counter()
-    with calibrating(net, ranges=ranges):
+    with calibrating(net, ranges=ranges), short_passes(net) as watch:
         for batch in image_batches(images):
             if count == 0 and float(batch.max()) > 2:
                 logger.warning("calibration values reach %g; images are expected as RGB in [0, 1]", batch.max())
-            net(batch.to(device))
+            watch(batch.to(device))
             missing = fit - sum(map(len, kept))
             if missing > 0 and batch.shape[1:] == (kept or [batch])[0].shape[1:]:
                 kept.append(batch[:missing].clone())

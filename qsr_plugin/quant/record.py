@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qsr_plugin.quant.visits import watched
+
 if TYPE_CHECKING:
     from qsr_plugin.quant.policy import NetworkPolicy
 
@@ -172,7 +174,7 @@ class RecordingRoot:
         if getattr(self, "recipe", None) is None:
             return
         record.policy, record.image = self._modules.get("bit_policy"), x.detach()
-        if record.policy is not None and float_mode_on():
+        if record.policy is not None and float_mode_on() and watched():
             record.policy.observe(record.image)
 
     def drop_pairs(self) -> None:

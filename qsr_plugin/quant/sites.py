@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from qsr_plugin.quant.policy import EXPECTED_BITS, BitPolicy, quantize_with
 from qsr_plugin.quant.quantizer import Quantizer
 from qsr_plugin.quant.record import current_record, fitting_on, quantizes
+from qsr_plugin.quant.visits import visited, watched
 
 _DERIVED: dict[tuple[type, type], type] = {}
 
@@ -86,8 +87,10 @@ class Site:
         known = policy.seen if record is None else record
         whole = x if self.channel_axis == 1 or known is None else _by_image(x, known.images)
         if not quantizes(quantizer.site):
-            quantizer.observe(whole)
-            policy.observe(whole)
+            if watched():
+                quantizer.observe(whole)
+                policy.observe(whole)
+            visited(quantizer.site)
             return x
         if fitting_on():
             quantizer.fit(whole, policy.usual_bits())

@@ -50,6 +50,11 @@ def quantize_model(net: nn.Module, recipe: Union[Recipe, str, Mapping[str, Any]]
         ports.setdefault(place.name, set()).add(place.port)
     prepared = []
     for place in places:
+        if isinstance(place.module, nn.Sequential):
+            raise RecipeError(
+                f"{place.name} is a Sequential, which runs all its children, so its quantizer would be one more layer: "
+                f"match a module in it, e.g. '{place.name}.0'"
+            )
         try:
             site_class = site_class_for(place.module, ports[place.name])
         except ValueError as error:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from qsr_plugin.data.images import list_images
 from qsr_plugin.progress import Progress, no_progress
 from qsr_plugin.quant.calibrate import image_batches
-from qsr_plugin.quant.record import evaluating, float_mode, only_places
+from qsr_plugin.quant.record import evaluating
 from qsr_plugin.quant.surgery import quantizers
 from qsr_plugin.report.complexity import method_label
+from qsr_plugin.report.float_prefix import FloatPrefix, float_prefix
 
 #: LR pixels that run together at most, if images are smaller than that: eight crops of 96x96.
 PIXELS = 8 * 96 * 96
@@ -142,7 +143,8 @@ def output_errors(
 ) -> tuple[dict[frozenset[str], float], int]:
     """Damage at the output of each group of places, quantized without the others.
 
-    A batch passes once in float and once for each group. Of a folder, one batch is in memory at a time.
+    A batch passes once in float and once for each group, whose first layers take their results from the float pass. Of
+    a folder, one batch is in memory at a time.
 
     Args:
         net: See :func:`sensitivity`.
@@ -170,9 +172,9 @@ def output_errors(
     steps = iter(progress(range(count * len(sums)), "measuring damage"))
     record, net._last_record = net._last_record, None  # what a forward clears stays in the record that is given back
     try:
-        with evaluating(net), torch.no_grad():
+        with evaluating(net), torch.no_grad(), float_prefix(net) as prefix:
             for batch in _of_equal_size(batches):
-                _add_errors(net, batch.to(device), sums, steps)
+                _add_errors(prefix, batch.to(device), sums, steps)
     finally:
         net._last_record = record
     for _ in steps:  # whoever shows them sees the end
@@ -187,12 +189,10 @@ def output_errors(
     return errors, count
 
 
-def _add_errors(net: nn.Module, batch: Tensor, sums: dict[frozenset[str], Tensor], steps: Iterator[int]) -> None:
-    with float_mode():
-        wanted = net(batch)
+def _add_errors(prefix: FloatPrefix, batch: Tensor, sums: dict[frozenset[str], Tensor], steps: Iterator[int]) -> None:
+    wanted = prefix.float_output(batch)
     for group, total in sums.items():
-        with only_places(group):
-            difference = net(batch) - wanted
+        difference = prefix.output(batch, group) - wanted
         errors = difference.double().square().flatten(1).mean(1)
         total += torch.where(errors.isfinite(), errors.clamp(max=LOST), errors).sum()
         for _ in range(len(batch)):

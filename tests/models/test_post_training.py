@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qsr_plugin import fragile_places, load_recipe, save_quantized
+from qsr_plugin import calibrate, fragile_places, load_recipe, quantize_model, save_quantized
 from qsr_plugin.checkpoint import CheckpointError
 from qsr_plugin.errors import UserError
 from qsr_plugin.post_training import post_train
@@ -53,7 +54,8 @@ def test_fragile_places_get_their_bits_before_the_tuning(tiny_net, images, monke
     def raised(net, float_net, crops, *, progress):
         assert len(crops) == 3 and dict(quantizers(net))["body.0.conv1.input"].calibrated
         rules = (*net.recipe.rules, Rule(match="body.0.conv1", port="input", bits=8, in_fab=True))
-        return net.recipe.model_copy(update={"placements": {**net.recipe.placements, "body": rules}})
+        more = net.recipe.model_copy(update={"placements": {**net.recipe.placements, "body": rules}})
+        return calibrate(quantize_model(deepcopy(float_net), more), crops)
 
     monkeypatch.setattr(fragile_places, "with_fragile_places", raised)
     asked = recipe("percentile_ft", stages=STAGES, fragile={"bits": 8, "budget": 0.1})

@@ -17,7 +17,7 @@ from qsr_plugin.quant.places import ROLE_TABLES, find_places, places_named, role
 from qsr_plugin.quant.recipe import RecipeError, load_recipe
 from qsr_plugin.quant.surgery import plugin_keys, quantize_model, quantizers, sites, tap
 from tests.backbones import FITTING
-from tests.recipes import shipped
+from tests.recipes import custom_recipe, shipped
 
 
 def placed(net: nn.Module, *rules: dict, bits: dict | None = None) -> dict[str, int]:
@@ -213,3 +213,11 @@ def test_places_of_a_role_with_several_patterns_are_in_module_order(tiny_net, mo
 def test_places_that_cannot_be_tapped_say_what_can(tiny_net, place: str) -> None:
     with pytest.raises(RecipeError, match=f"cannot tap '{re.escape(place)}' of EDSR: give 'module:input'.*Near: "):
         places_named(tiny_net(), place)
+
+
+def test_a_sequential_cannot_be_a_place() -> None:
+    """Its quantizer would run as its last layer."""
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(RecipeError, match="0 is a Sequential, .* match a module in it, e.g. '0.0'"):
+        quantize_model(net, custom_recipe({"match": "0", "port": "input"}))
+    assert type(net[0]) is nn.Sequential and getattr(net, "recipe", None) is None
