@@ -63,6 +63,9 @@ def calibrate(
 ) -> nn.Module:
     """Set all ranges of a quantized network, and what its bit policies compare images with. A second call starts anew.
 
+    Forwards are left behind the last place that watches, all but one for each size of images; hooks on what comes after
+    see these alone.
+
     Args:
         net: Network from :func:`quantize_model`.
         images: A folder of low-resolution images, a ``(N, 3, H, W)`` float tensor, RGB in [0, 1], or any iterable of

@@ -55,8 +55,9 @@ class FloatPrefix:
         self._calls.clear()
         return self._net(images)
 
-    def _through(self, name: str, site: Site, forward: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+    def through(self, site: Site, forward: Callable[..., Tensor], *args, **kwargs) -> Tensor:
         """Stands in for the forward of a site."""
+        name = site.site_name
         self._shared = self._shared and name not in self._quantized
         if not self._shared or not isinstance(site, (QuantConv2d, QuantLinear)):
             return forward(*args, **kwargs)
@@ -71,18 +72,17 @@ class FloatPrefix:
             self._kept[call] = result.clone()
         return result
 
-    def _replace(self) -> None:
-        for name, site in sites(self._net):
-            site.forward = partial(self._through, name, site, site.forward)
-
 
 @contextmanager
 def float_prefix(net: nn.Module) -> Iterator[FloatPrefix]:
     """Inside the ``with`` block the network's sites take results from the float pass where they can."""
-    prefix = FloatPrefix(net)
-    prefix._replace()
+    prefix, before = FloatPrefix(net), {site: vars(site).get("forward") for _, site in sites(net)}
+    for site in before:
+        site.forward = partial(prefix.through, site, site.forward)
     try:
         yield prefix
     finally:
-        for _, site in sites(net):
-            site.__dict__.pop("forward", None)
+        for site, own in before.items():
+            del site.forward
+            if own is not None:
+                site.forward = own

@@ -104,7 +104,11 @@ def test_layers_before_the_first_that_quantizes_do_not_run(monkeypatch) -> None:
 
 
 def test_an_error_leaves_the_network_as_it_was(tiny) -> None:
+    """A module that somebody gave a forward of its own keeps it."""
     net = tiny("EDSR", "minmax", placement="full")
+    net.conv_last.forward = own = net.conv_last.forward
     with pytest.raises(RuntimeError), torch.no_grad(), float_prefix(net) as prefix:
         prefix.float_output(torch.rand(1, 5, 8, 8))
-    assert not any("forward" in site.__dict__ for _, site in sites(net))
+    assert {name: vars(site).get("forward") for name, site in sites(net) if "forward" in vars(site)} == {
+        "conv_last": own
+    }
