@@ -57,7 +57,7 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_net() -> Callable[..., nn.Module]:
     """Build a small float backbone with fixed random weights: ``tiny_net("EDSR", num_block=1)``."""
 

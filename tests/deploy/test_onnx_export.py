@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from qsr_plugin.data.borders import pad_to
 from qsr_plugin.deploy.comparison import Agreement, _Forced, synthetic_images
 from qsr_plugin.deploy.engine import Engine, open_engine
 from qsr_plugin.deploy.lowering import LoweringError, lower
-from qsr_plugin.deploy.onnx_export import ExportError, export_onnx
+from qsr_plugin.deploy.onnx_export import ExportError, ExportReport, export_onnx
 from qsr_plugin.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="the extra [deploy] is not installed")
@@ -57,17 +59,32 @@ def edsr(tiny_net) -> nn.Module:
     return tiny_net("EDSR", num_feat=16, num_block=2, upscale=4)
 
 
+@pytest.fixture(scope="module")
+def exported(
+    tiny_net: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[nn.Module, ExportReport]]:
+    """A quantized EDSR and what its export says, each made once: ``exported("auto", 8, signed=True)``."""
+    generator = torch.Generator().manual_seed(3)
+    images = [torch.rand(2, 3, 8, 8, generator=generator) for _ in range(3)]
+
+    @cache
+    def make(method: str, bits: int, **how: bool) -> tuple[nn.Module, ExportReport]:
+        net = quantized(tiny_net("EDSR", num_feat=16, num_block=2, upscale=4), method, bits, images)
+        return net, export_onnx(net, tmp_path_factory.mktemp("exported") / "net.onnx", (12, 20), **how)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("method", "bits"),
     [("auto", 2), ("auto", 4), ("auto", 8), ("percentile", 8), ("percentile", 3), ("quantsr", 2), ("odm", 5)],
 )
-def test_two_engines_give_what_pytorch_gives(edsr, images, tmp_path: Path, method: str, bits: int) -> None:
+def test_two_engines_give_what_pytorch_gives(exported, method: str, bits: int) -> None:
     """At five sizes, any but the traced one: mean difference to the quantized network at most 1e-4 (in [0, 1])."""
-    net = quantized(edsr, method, bits, images)
-    report = export_onnx(net, tmp_path / "net.onnx", (12, 20))
-    assert report.dynamic and report.float_layers == () and report.bytes == (tmp_path / "net.onnx").stat().st_size
+    net, report = exported(method, bits)
+    assert report.dynamic and report.float_layers == () and report.bytes == report.path.stat().st_size
     assert report.agreement.quantizers == 4 and report.agreement.identical == 1 and "one 5x5 convolution" in str(report)
-    engines = [open_engine(tmp_path / "net.onnx", kind, threads=1) for kind in ("onnxruntime", "openvino")]
+    engines = [open_engine(report.path, kind, threads=1) for kind in ("onnxruntime", "openvino")]
     for size in SIZES:
         image = synthetic_images(2, size).numpy()
         wanted = output(net, image)
@@ -95,10 +112,9 @@ def test_low_bits_are_carried_by_bytes(edsr, images, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "bits"), [("auto", 4), ("auto", 8), ("percentile", 8), ("quantsr", 2)])
-def test_signed_bytes_around_zero(edsr, images, tmp_path: Path, method: str, bits: int) -> None:
+def test_signed_bytes_around_zero(exported, method: str, bits: int) -> None:
     """As TensorRT reads them: int8 with zero point 0 everywhere; the same network."""
-    net = quantized(edsr, method, bits, images)
-    plain, signed = export_onnx(net, tmp_path / "u.onnx"), export_onnx(net, tmp_path / "s.onnx", signed=True)
+    (net, plain), (_, signed) = exported(method, bits), exported(method, bits, signed=True)
     assert signed.agreement.holds and signed.agreement.quantizers == plain.agreement.quantizers
     graph = onnx.load(signed.path).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -130,17 +146,15 @@ def test_long_steps_are_told_when_they_begin(edsr, images, tmp_path: Path, caplo
     ]
 
 
-def test_what_a_reader_needs_is_in_the_file(edsr, images, tmp_path: Path) -> None:
-    net = quantized(edsr, "pams", 4, images)
-    export_onnx(net, path := tmp_path / "net.onnx")
-    told = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+def test_what_a_reader_needs_is_in_the_file(exported) -> None:
+    net, report = exported("auto", 4)
+    told = {entry.key: entry.value for entry in onnx.load(report.path).metadata_props}
     assert told["qsr_plugin"] == qsr_plugin.__version__ and told["format"] == "1"
     assert (told["scale"], told["window"], told["minimum"], told["dynamic"]) == ("4", "1", "3", "1")
     assert json.loads(told["recipe"]) == net.recipe.to_dict() and json.loads(told["backbone"])["type"] == "EDSR"
 
 
-@pytest.mark.parametrize("method", ["auto", "minmax"])
-@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize(("method", "passes"), [("auto", True), ("auto", False), ("minmax", True)])
 def test_quantized_before_the_shuffle(tiny_net, images, tmp_path: Path, method: str, passes: bool) -> None:
     """Convolutions behind two pixel shuffles read bytes that these moved; a grid with a shift reads floats."""
     net = quantized(tiny_net("EDSR", upscale=4), method, 8, images, placement="full")
@@ -171,19 +185,16 @@ def test_wider_grids_stay_behind_the_shuffle(tiny_net, images, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("method", "bits", "told"), [("minmax", 8, True), ("minmax", 4, False), ("auto", 8, False)])
-def test_weights_that_take_a_further_sum_are_told(
-    edsr, images, tmp_path: Path, method: str, bits: int, told: bool
-) -> None:
-    report = export_onnx(quantized(edsr, method, bits, images), tmp_path / "net.onnx")
+def test_weights_that_take_a_further_sum_are_told(exported, method: str, bits: int, told: bool) -> None:
+    _, report = exported(method, bits)
     assert ("no level at zero and no room for one in 8 bits" in str(report)) == told
 
 
-def test_without_passes_the_network_is_as_it_is(edsr, images, tmp_path: Path) -> None:
-    net = quantized(edsr, "auto", 8, images)
-    report = export_onnx(net, path := tmp_path / "net.onnx", passes=False)
-    data = path.read_bytes()
+def test_without_passes_the_network_is_as_it_is(exported) -> None:
+    _, report = exported("auto", 8, passes=False)
+    data = report.path.read_bytes()
     assert b"site-packages" not in data and str(Path(qsr_plugin.__file__).parent).encode() not in data
-    assert report.steps == () and kinds_of(path).count("DepthToSpace") == 2
+    assert report.steps == () and kinds_of(report.path).count("DepthToSpace") == 2
 
 
 def test_a_float_network(edsr, tmp_path: Path) -> None:
@@ -271,6 +282,11 @@ def test_what_is_not_finite_or_missing_does_not_agree() -> None:
     assert fewer.apart == math.inf and not Agreement(1, 1.0, 0, 0.0, math.nan).holds
 
 
+def test_outputs_that_are_apart_while_all_codes_agree_are_explained() -> None:
+    told = [str(Agreement(4, identical, 0, 1e-6, psnr)) for identical, psnr in ((1.0, 35.0), (1.0, 45.0), (0.9, 35.0))]
+    assert ["'qsr bench --test HR LR' shows whether scores differ" in text for text in told] == [True, False, False]
+
+
 @pytest.mark.parametrize("method", ["daq", "linq"])
 def test_what_is_not_uniform_is_refused_before_work(edsr, images, tmp_path: Path, method: str) -> None:
     with pytest.raises(LoweringError, match=r"body\.0.*not uniform.*'auto'"):
@@ -289,11 +305,12 @@ def test_bad_places(edsr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         export_onnx(edsr, tmp_path / "net.onnx")
 
 
-def test_a_model_that_disagrees_is_not_written(edsr, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = Agreement(4, 0.98, 2, 0.5, 20.0)
-    monkeypatch.setattr("qsr_plugin.deploy.onnx_export.compare", lambda *_: bad)
+def test_a_model_that_disagrees_is_not_written(exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, report = exported("auto", 8)
+    monkeypatch.setattr("qsr_plugin.deploy.onnx_export._exported", lambda *_: onnx.load(report.path))
+    monkeypatch.setattr("qsr_plugin.deploy.onnx_export.compare", lambda *_: Agreement(4, 0.98, 2, 0.5, 20.0))
     with pytest.raises(ExportError, match="98.0000%"):
-        export_onnx(quantized(edsr, "auto", 8, images), tmp_path / "net.onnx")
+        export_onnx(net, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 import torch
 import yaml
 
+from qsr_plugin import cli
 from qsr_plugin.data.build import build_lmdb_pair
 
 TIMEOUT = 240
@@ -96,6 +101,44 @@ def run(command: list[str], cwd: Path, **environment: str) -> subprocess.Complet
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     cwd.mkdir(parents=True, exist_ok=True)
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=TIMEOUT)
+
+
+def qsr(cwd: Path, *arguments: object, fails: bool = False, starts: bool = False) -> str:
+    """``qsr`` with arguments in a folder; returns what it says and asserts success, or failure without a traceback.
+
+    Args:
+        cwd: The folder.
+        arguments: Of the command line.
+        fails: Whether it is to end with an error.
+        starts: In a process of its own, which takes seconds to start.
+    """
+    if starts:
+        done = run(["-m", "qsr_plugin.cli", *map(str, arguments)], cwd, COLUMNS="160")
+        status, said = done.returncode, done.stdout + done.stderr
+    else:
+        status, said = _qsr_here(cwd, list(map(str, arguments)))
+    assert "Traceback" not in said and (status != 0) == fails, said[-5000:]
+    return said
+
+
+def _qsr_here(cwd: Path, arguments: list[str]) -> tuple[int, str]:
+    """Exit status and output of the entry point in this process, which stays as it was."""
+    said, logs = io.StringIO(), [logging.getLogger(name) for name in ("qsr_plugin", "qsr_plugin.compat")]
+    before = [(log.level, list(log.handlers)) for log in logs]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "160")
+        patch.setattr(sys, "argv", ["qsr", *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        try:
+            cli.main()
+        except SystemExit as left:
+            return int(left.code or 0), said.getvalue()
+        finally:
+            for log, (level, handlers) in zip(logs, before):
+                log.setLevel(level)
+                log.handlers = handlers
+    return 0, said.getvalue()
 
 
 def train(opt_file: Path, cwd: Path, *flags: str) -> str:

@@ -11,7 +11,8 @@ import torch
 from qsr_plugin import load_quantized, load_recipe
 from qsr_plugin.options_file import OptionsError, parse_bits
 from tests.host import harness
-from tests.host.test_cli import WEIGHTS, qsr
+from tests.host.harness import qsr
+from tests.host.test_cli import WEIGHTS
 
 RATES = {"weight_ranges": 1.0e-2, "ranges": 1.0e-2, "bits": 1.0e-2, "thresholds": 1.0e-1}
 STAGES = [

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -171,6 +171,7 @@ def test_bounds_of_one_number_and_bounds_of_every_element_agree(
 @pytest.mark.parametrize("ties", ["inside", "split", "outside"])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("steps", [1.0, 7.0])
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([-2.0, -1.0, -0.3, 0.0, 0.4, 0.875, 0.875001, 0.874999, 3.0]), min_size=1), values)
 def test_levels_are_a_grid_between_bounds_that_move_with_the_step(
     steps: float, signed: bool, ties: str, steepness: float, dtype: torch.dtype, numbers: list[float], more: list[float]

@@ -23,7 +23,9 @@ def crops() -> list[Tensor]:
     return [torch.rand(count, 3, *size, generator=generator) for count, *size in sizes]
 
 
-@pytest.mark.parametrize(("method", "backbone"), FITTING)
+@pytest.mark.parametrize(
+    ("method", "backbone"), [case for case in FITTING if case[0] in ("auto", "adabm") or case[1] == "EDSR"]
+)
 def test_ranges_are_those_of_complete_passes(tiny_net, crops, method: str, backbone: str) -> None:
     short, whole = (quantize_model(tiny_net(backbone), shipped(method, tiny_net(backbone))) for _ in range(2))
     calibrate(short, crops)
