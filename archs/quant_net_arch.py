@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from inspect import Parameter, signature
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import basicsr.archs  # noqa: F401 - registers the host's networks
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -36,13 +36,15 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         OptionsError: For an unknown type, with the closest registered one, or arguments the class does not take.
     """
     options = deepcopy(dict(options))
-    kind, known = str(options.get("type")), set(ARCH_REGISTRY.keys())
-    name = kind if kind in known else f"{kind}_qsr"
-    if name not in known:
+    kind = str(options.get("type"))
+    name = registered_name(kind)
+    if name is None:
+        known = ARCH_REGISTRY.keys()
         names = {key.rsplit("_", 1)[0] if key.rsplit("_", 1)[-1] in _FOREIGN else key for key in known}
         raise OptionsError(
             f"network_g.backbone.type: no arch '{kind}' is registered. If a file of yours defines it, import that file "
-            f"first; on the command line: qsr --import FILE.py ... {suggest(kind, names)}"
+            "first (with @ARCH_REGISTRY.register() above the class); on the command line: qsr --import FILE.py ... "
+            f"{suggest(kind, names)}"
         )
     build, arguments = ARCH_REGISTRY.get(name), {key: value for key, value in options.items() if key != "type"}
     named = [key for key, one in signature(build).parameters.items() if one.kind is not Parameter.VAR_KEYWORD]
@@ -55,6 +57,11 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         raise OptionsError(f"network_g.backbone ({kind}): {error}") from None
     net.backbone_options = {**options, "type": kind}
     return net
+
+
+def registered_name(kind: str) -> Optional[str]:
+    """Name of a backbone in the host's registry, with the suffix of this package where it has one; else ``None``."""
+    return next((name for name in (kind, f"{kind}_qsr") if name in ARCH_REGISTRY), None)
 
 
 @ARCH_REGISTRY.register()

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from qsr_plugin import compat
 from qsr_plugin.errors import UserError, first_line
+from qsr_plugin.own_modules import command
 from qsr_plugin.progress import track
 from qsr_plugin.report_cli import console, set_name
 
@@ -139,7 +140,14 @@ def quantize(
         ) from None
     save_quantized(made.net, out)
     settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
-    report_quantized(settings, tests, crops)
+    try:
+        report_quantized(settings, tests, crops)
+    except KeyboardInterrupt:
+        told = (
+            f"interrupted: {out} is written, scores and page are not; {command()} report {out} --test HR LR scores it"
+        )
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        raise
 
 
 def _plan(recipe: Any, tuned: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,17 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from qsr_plugin.data.images import read_rgb, to_uint8
 from qsr_plugin.float_networks import FloatNetwork
 from qsr_plugin.memory import peak_memory
-from qsr_plugin.own_modules import command
 from qsr_plugin.post_training import PostTrained
 from qsr_plugin.progress import track
 from qsr_plugin.quant.schema import Recipe
+from qsr_plugin.quantize_page import of_crops, of_tests, packing_command, page_of
 from qsr_plugin.report.complexity import complexity, method_label
 from qsr_plugin.report.complexity_types import ComplexityReport
-from qsr_plugin.report.evaluate import evaluate, find_pairs
-from qsr_plugin.report.layers import LayerGroup, layer_groups, layer_lines
-from qsr_plugin.report.page import Page, Scored, cost_figures, score_figures, write_page
-from qsr_plugin.report.pictures import Example, example_of
+from qsr_plugin.report.evaluate import evaluate
+from qsr_plugin.report.layers import layer_groups, layer_lines
+from qsr_plugin.report.page import Scored, write_page
 from qsr_plugin.report.result_io import write_results
 from qsr_plugin.report.result_schema import (
     FLOAT,
@@ -36,11 +35,9 @@ from qsr_plugin.report.result_schema import (
     of_backbone,
     package_versions,
 )
-from qsr_plugin.report.tables import quantity, results_table, size, summary_table
+from qsr_plugin.report.tables import results_table, size, summary_table
 from qsr_plugin.report_cli import console
 
-#: Images on the page, and the LR side below which one is too small to show.
-_EXAMPLES, _SMALL = 3, 16
 #: Crops on which the networks are compared, and the PSNR below which something is wrong, by the least bits of a recipe.
 _COMPARED, _ALIKE = 8, ((8, 40.0), (0, 30.0))
 #: Below this PSNR it makes something else, and the share of MACs from which on float layers are told.
@@ -89,6 +86,11 @@ class Settings:
         """Where the networks ran."""
         return next(self.made.net.parameters()).device
 
+    @cached_property
+    def peak(self) -> int:
+        """Bytes of memory that making it took, if it is asked for before the tests."""
+        return peak_memory(self.device)
+
     def result(self) -> Result:
         """What is known before any test."""
         network = self.network
@@ -104,7 +106,7 @@ class Settings:
             seed=self.seed,
             calibration=CalibrationImages(folder=self.folder, seed=self.seed, **images),
             seconds=self.made.seconds,
-            peak_memory=peak_memory(self.device),
+            peak_memory=self.peak,
             reference=Result(label=FLOAT, costs=Costs.of(complexity(network.net), sites=False), **shared),
             details={"source": network.source, "device": str(self.device), "fragile": list(self.made.fragile)},
         )
@@ -124,12 +126,13 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     """
     made, nets = settings.made, {FLOAT: settings.network.net, settings.label: settings.made.net}
     _print_seconds(made.seconds)
+    console.print(f"memory at its peak: {size(8 * settings.peak)}", highlight=False)
     costs = complexity(made.net)
     groups = layer_groups(costs, made.recipe)
     for line in layer_lines(groups):
         console.print(line, highlight=False, markup=False)
-    if told := _float_share(costs, made.recipe):
-        console.print(told, highlight=False)
+    if share := _float_share(costs, made.recipe):
+        console.print(share, highlight=False)
     if count := len(made.fragile):
         places = "place" if count == 1 else "places"
         console.print(f"{settings.label}: the + is for more bits at {count} fragile {places}", highlight=False)
@@ -137,17 +140,11 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
     console.print(
         f"PSNR of its output against the float network's, on calibration images: {likeness:.1f} dB", highlight=False
     )
-    bits = _least_bits(made.recipe)
-    usual = next(psnr for least, psnr in _ALIKE if bits >= least)
-    if likeness < usual:
-        more = "" if bits >= 8 else "more bits (--bits W8A8, W4A8), "
-        told = "another picture, so the network is of no use" if likeness < _OTHER else "low"
-        console.print(
-            f"warning: that is {told}; {usual:.0f} dB and more are usual. Try {more}--method auto, or more images like "
-            "those the network is for", style="yellow", highlight=False,
-        )  # fmt: skip
+    if warning := _warning(likeness, made.recipe):
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     json, html = settings.out.with_suffix(".json"), settings.out.with_suffix(".html")
     known, more = settings.result(), {"psnr_to_float": likeness, "layers": [group.to_dict() for group in groups]}
+    more |= {"warning": warning} if warning else {}
     more["tests"] = {name: [str(folder) for folder in pair] for name, pair in tests.items()}
     known = known.model_copy(update={"costs": Costs.of(costs), "details": {**known.details, **more}})
     write_results(known, json)  # what ends a test later does not lose the settings
@@ -160,13 +157,12 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
         console.print(summary_table(costs))
         if costs.fab is None:
             console.print(f"'{made.recipe.method}' chooses bits by the image: for FAB and BitOPs, give --test HR LR")
-    examples = _of_tests(tests, scores, nets, settings) if tests else _of_crops(crops, nets, settings)
-    write_page(_page(settings, groups, scores, costs, examples, likeness), html)
+    examples = of_tests(tests, scores, nets, settings) if tests else of_crops(crops, nets, settings)
+    remarks = [told for told in (share, warning) if told]
+    write_page(page_of(settings, groups, scores, costs, examples, likeness, remarks), html)
     console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)
-    packed = settings.out.with_name(f"{settings.out.stem}_packed.safetensors")
-    told = f"{command()} export {settings.out} --format packed -o {packed}"
-    told = f"{size(costs.storage_bits)} with packed weights (a file adds names and recipe): {told}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    told = f"{size(costs.storage_bits)} with packed weights (a file adds names and recipe)"
+    console.print(f"{told}: {packing_command(settings.out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _likeness(nets: Mapping[str, Any], crops: Tensor) -> float:
@@ -174,6 +170,20 @@ def _likeness(nets: Mapping[str, Any], crops: Tensor) -> float:
     with torch.no_grad():
         plain, quantized = (net(crops).clamp(0, 1) for net in nets.values())
     return -10 * math.log10(max(float((plain - quantized).square().mean()), 1e-12))
+
+
+def _warning(likeness: float, recipe: Recipe) -> str:
+    """What to do if the network is too far from the float one, PSNR in dB; else nothing."""
+    bits = _least_bits(recipe)
+    usual = next(psnr for least, psnr in _ALIKE if bits >= least)
+    if likeness >= usual:
+        return ""
+    told = "is another picture, so the network is of no use" if likeness < _OTHER else "is low"
+    more = "" if bits >= 8 else "more bits (--bits W8A8, W4A8), "
+    return (
+        f"{likeness:.1f} dB against the float network's output {told}; {usual:.0f} dB and more are usual. Try {more}"
+        "--method auto, or more images like those the network is for"
+    )
 
 
 def _float_share(costs: ComplexityReport, recipe: Recipe) -> str:
@@ -224,68 +234,3 @@ def _with_scores(known: Result, scores: Scores, costs: ComplexityReport) -> Resu
     )
     reference = known.reference.model_copy(update={"quality": plain})
     return known.model_copy(update={"quality": quantized, "costs": Costs.of(costs), "reference": reference})
-
-
-# -- the page ---------------------------------------------------------------------------------------------------------
-
-
-def _of_tests(tests: TestSets, scores: Scores, nets: Mapping[str, Any], settings: Settings) -> list[Example]:
-    """The test images that lost most, by PSNR."""
-    loss: list[tuple[float, str, Path, Path]] = []
-    for name, (hr, lr) in tests.items():
-        plain, quantized = (scores[name][label][1].images for label in nets)
-        pairs = find_pairs(hr, lr, settings.network.scale)
-        loss += [(a.psnr - b.psnr, f"{name}: {pair[0].name}", *pair) for a, b, pair in zip(plain, quantized, pairs)]
-    worst = sorted((one for one in loss if one[0] == one[0]), key=lambda one: (-one[0], one[1]))[:_EXAMPLES]
-    return [
-        example_of(
-            f"{name} ({-lost:+.2f} dB)", read_rgb(lr), nets, hr=to_uint8(read_rgb(hr)), scale=settings.network.scale
-        )
-        for lost, name, hr, lr in worst
-    ]
-
-
-def _of_crops(crops: Sequence[Tensor], nets: Mapping[str, Any], settings: Settings) -> list[Example]:
-    """The first calibration crops."""
-    singles = [crop for batch in crops for crop in batch.split(1) if min(crop.shape[2:]) >= _SMALL][:_EXAMPLES]
-    pictures = [(255 * crop[0].permute(1, 2, 0)).round().byte().numpy() for crop in singles]
-    return [
-        example_of(f"calibration image {number}", picture, nets, scale=settings.network.scale)
-        for number, picture in enumerate(pictures, 1)
-    ]
-
-
-def _page(
-    settings: Settings,
-    groups: list[LayerGroup],
-    scores: Scores,
-    costs: ComplexityReport,
-    examples: list[Example],
-    likeness: float,
-) -> Page:
-    made, network = settings.made, settings.network
-    plain = complexity(network.net)
-    lines = [f"Storage {size(plain.storage_bits)} \N{RIGHTWARDS ARROW} {size(costs.storage_bits)}"]
-    if costs.bitops is not None:
-        lines.append(f"BitOPs {quantity(plain.bitops)} \N{RIGHTWARDS ARROW} {quantity(costs.bitops)}")
-    for name, rows in scores.items():
-        before, after = (score.psnr for _, score in rows.values())
-        lines.append(f"{name}: PSNR {before:.2f} dB \N{RIGHTWARDS ARROW} {after:.2f} dB")
-    if told := _float_share(costs, made.recipe):
-        lines.append(told)
-    few = ", ".join(settings.images[:8]) + (", ..." if len(settings.images) > 8 else "")
-    facts = {
-        "Float weights": str(settings.weights),
-        "Network": f"{network.label}, {network.source}",
-        "Arguments": ", ".join(f"{key} {value}" for key, value in network.options.items() if key != "type"),
-        "Method": f"{settings.label}, placement {made.recipe.placement}, {'tuned' if settings.tuned else 'not tuned'}",
-        "Calibrated on": f"{len(settings.images)} {'photos, reduced' if settings.photos else 'images'}, "
-        f"from {settings.folder}: {few}",
-        "Seed": str(settings.seed),
-        "PSNR against the float network's output": f"{likeness:.1f} dB, on calibration images",
-        "Versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
-        "Model": str(settings.out),
-    }
-    tables = [score_figures(name, rows) for name, rows in scores.items()]
-    title = f"{network.label}, {settings.label}"
-    return Page(title, lines, tables, cost_figures(plain, costs), examples, groups, facts, made.seconds)

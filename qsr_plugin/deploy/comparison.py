@@ -72,6 +72,8 @@ class Agreement:
             f"{self.between:.0e} of the largest value; PSNR between the outputs of both networks by "
             f"themselves: {self.psnr:.1f} dB ({LEAST_PSNR:.0f} and more are usual)"
         )
+        if self.holds and self.psnr < LEAST_PSNR:
+            text += ", as roundings of single values add up; 'qsr bench --test HR LR' shows whether scores differ"
         if self.openvino is None:
             return text
         text += f"; in OpenVINO {self.openvino:.1f} dB"

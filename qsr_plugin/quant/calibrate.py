@@ -161,6 +161,10 @@ def _checked(batch: Tensor, name: str) -> Tensor:
             f"calibration {name} is {shape}: expected a float tensor (N, 3, H, W), RGB in [0, 1], or a dict with it as "
             "'lq'"
         )
+    if batch.shape[-1] in (1, 3) and batch.shape[1] > 4:
+        raise ValueError(
+            f"calibration {name} is {tuple(batch.shape)}, with its channels last: .permute(0, 3, 1, 2) makes it fit"
+        )
     if not bool(torch.isfinite(batch).all()):
         raise ValueError(f"calibration {name} holds NaN or infinity: remove or repair it")
     return batch

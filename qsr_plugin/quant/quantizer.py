@@ -234,7 +234,7 @@ class Quantizer(nn.Module):
             return
         low, high = found
         if bool((high <= low).all()):
-            told = "%s: all observed values are %g: its range will not fit others; calibrate on more images"
+            told = "%s: all observed values are %g, so its range fits no others; if there are any, use more images"
             logger.warning(told, self.site, high.max())
         with torch.no_grad():
             self.set_range(low, high)

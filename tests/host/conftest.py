@@ -133,13 +133,16 @@ def second_python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def qsr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
-    """Run ``qsr quantize`` in an empty folder; returns what it says, warnings and the error included."""
+    """Run ``qsr quantize`` in an empty folder; returns what it says, warnings and the error included.
+
+    A run that ``fails`` leaves that many files, none unless said otherwise.
+    """
     monkeypatch.setattr(cli.console, "_width", 400)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     caplog.set_level(logging.INFO, "qsr_plugin")
 
-    def run(*arguments: object, fails: bool = False) -> str:
+    def run(*arguments: object, fails: bool = False, leaves: int = 0) -> str:
         caplog.clear()
         given = ["quantize", *map(str, arguments)]
         if "--method" not in given and "--no-tune" not in given:
@@ -147,7 +150,7 @@ def qsr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
         with cli.console.capture() as said:
             done = CliRunner().invoke(cli.app, given, env={"COLUMNS": "400"})
         assert (done.exit_code != 0) == fails, done.output + str(done.exception)
-        assert not fails or not list(tmp_path.glob("work/*")), "nothing is written where something is wrong"
+        assert not fails or len(list(tmp_path.glob("work/*"))) == leaves, "files are written where something is wrong"
         text = said.get() + done.output + str(done.exception or "") + caplog.text
         return " ".join(text.replace("│", " ").split())
 

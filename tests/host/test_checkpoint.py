@@ -88,6 +88,14 @@ def test_networks_that_cannot_be_described_say_what_to_set(tmp_path, images) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_class_that_is_not_registered_is_told_when_its_file_is_written(tmp_path, caplog) -> None:
+    parts = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)]
+    net = nn.Sequential(*parts, nn.PixelShuffle(2))
+    net.backbone_options = {"type": "Tiny", "upscale": 2}
+    save_quantized(quantize_model(net, load_recipe("minmax", placement="full")), tmp_path / "net.safetensors")
+    assert "can be read only where 'Tiny' is registered: put @ARCH_REGISTRY.register()" in caplog.text
+
+
 def test_uncalibrated_networks_come_back_uncalibrated(tiny_net, tmp_path, images) -> None:
     save_quantized(quantize_model(tiny_net(), "pams"), tmp_path / "net.safetensors")
     net = load_quantized(tmp_path / "net.safetensors")

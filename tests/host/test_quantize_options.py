@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -28,6 +29,7 @@ def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -
     assert "tiny.pth: EDSR x2 (recognised)" in said and "num_feat 8" in said
     assert "quantized: 4 of 8 layers at W8A8; float: 4" in said
     assert "wrote tiny_minmax_w8a8.safetensors, tiny_minmax_w8a8.json and tiny_minmax_w8a8.html" in said
+    assert "memory at its peak: " in said
     with torch.no_grad():
         assert load_quantized("tiny_minmax_w8a8.safetensors")(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
     data = json.loads(Path("tiny_minmax_w8a8.json").read_text())
@@ -40,6 +42,18 @@ def test_weights_and_photos_are_enough(qsr: SAYS, weights: Path, photos: Path) -
     ] > 0
     page = Path("tiny_minmax_w8a8.html").read_text()
     assert "calibration image 3" in page and "photo0.png" in page and page.count("data:image/png;base64,") == 3 * 4
+
+
+def test_a_network_that_is_far_from_the_float_one_is_told_everywhere(
+    qsr: SAYS, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_report, "_ALIKE", ((0, 200.0),))
+    said = qsr(weights, "--photos", photos, "-o", "far")
+    told = json.loads(Path("far.json").read_text())["details"]["warning"]
+    assert re.match(r"[\d.]+ dB against the float network's output is low; 200 dB and more are usual", told)
+    page = Path("far.html").read_text()
+    assert f"warning: {told}" in said and told in html.unescape(page)
+    assert "Memory at its peak" in page and "export far.safetensors --format packed" in page
 
 
 def test_a_name_without_ending_and_a_folder_for_the_result(qsr: SAYS, weights: Path, photos: Path) -> None:
@@ -123,6 +137,18 @@ def test_an_interruption_is_told(qsr: SAYS, weights: Path, photos: Path, monkeyp
     monkeypatch.setattr("qsr_plugin.post_training.post_train", interrupted)
     said = qsr(weights, "--photos", photos, "-o", "net.safetensors", fails=True)
     assert "interrupted: net.safetensors is not written" in said
+
+
+def test_an_interruption_of_the_scores_leaves_the_network(
+    qsr: SAYS, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsr_plugin.quantize_report.write_page", interrupted)
+    said = qsr(weights, "--photos", photos, "--method", "minmax", "-o", "net.safetensors", fails=True, leaves=2)
+    assert "interrupted: net.safetensors is written, scores and page are not; qsr report net.safetensors --test" in said
+    assert load_quantized("net.safetensors").recipe.method == "minmax" and not Path("net.html").exists()
 
 
 @pytest.mark.parametrize("device", ["warp", "meta", "cuda:99"])
