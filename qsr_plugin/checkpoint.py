@@ -71,7 +71,8 @@ def save_quantized(net: nn.Module, path: Union[str, Path]) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
     from qsr_plugin.archs.quant_net_arch import registered_name
 
-    if registered_name(kind := str(backbone_of(net).get("type"))) is None:
+    kind = str(backbone_of(net).get("type"))
+    if registered_name(kind) is None:
         told = "%s can be read only where '%s' is registered: put @ARCH_REGISTRY.register() above that class"
         logger.warning(told, path, kind)
 

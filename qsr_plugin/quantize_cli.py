@@ -89,10 +89,11 @@ def quantize(
     from qsr_plugin.data.images import list_images
     from qsr_plugin.device import usable_device
     from qsr_plugin.float_networks import check_enlarges, open_float_network
-    from qsr_plugin.memory import keep_freed_memory
+    from qsr_plugin.memory import keep_freed_memory, peak_memory
     from qsr_plugin.post_training import check_recipe, post_train
     from qsr_plugin.quant.recipe import with_steps
-    from qsr_plugin.quantize_report import Settings, report_quantized
+    from qsr_plugin.quantize_report import report_quantized
+    from qsr_plugin.quantize_settings import Settings
 
     recipe = _recipe(method, bits, placement)
     if steps is not None:
@@ -138,8 +139,9 @@ def quantize(
             f"{place} has too little memory: {first_line(error)} Free some, take --device cpu, or a recipe with a "
             f"smaller calibration.batch, here {recipe.calibration.batch}"
         ) from None
+    peak = peak_memory(place)
     save_quantized(made.net, out)
-    settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used))
+    settings = Settings(weights, out, network, made, seed, str(images or photos), photos is not None, tuple(used), peak)
     try:
         report_quantized(settings, tests, crops)
     except KeyboardInterrupt:

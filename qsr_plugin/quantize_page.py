@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from qsr_plugin.data.images import read_rgb, to_uint8
 from qsr_plugin.own_modules import command
+from qsr_plugin.quantize_settings import Scores, Settings, TestSets
 from qsr_plugin.report.complexity import complexity
 from qsr_plugin.report.complexity_types import ComplexityReport
 from qsr_plugin.report.evaluate import find_pairs
@@ -18,9 +19,6 @@ from qsr_plugin.report.page import Page, cost_figures, score_figures
 from qsr_plugin.report.pictures import Example, example_of
 from qsr_plugin.report.result_schema import package_versions
 from qsr_plugin.report.tables import quantity, size
-
-if TYPE_CHECKING:
-    from qsr_plugin.quantize_report import Scores, Settings, TestSets
 
 #: Images on the page, and the LR side below which one is too small to show.
 _EXAMPLES, _SMALL = 3, 16
@@ -32,7 +30,7 @@ def packing_command(out: Path) -> str:
     return f"{command()} export {out} --format packed -o {packed}"
 
 
-def of_tests(tests: TestSets, scores: Scores, nets: Mapping[str, Any], settings: Settings) -> list[Example]:
+def examples_of_tests(tests: TestSets, scores: Scores, nets: Mapping[str, Any], settings: Settings) -> list[Example]:
     """The test images that lost most, by PSNR."""
     loss: list[tuple[float, str, Path, Path]] = []
     for name, (hr, lr) in tests.items():
@@ -48,7 +46,7 @@ def of_tests(tests: TestSets, scores: Scores, nets: Mapping[str, Any], settings:
     ]
 
 
-def of_crops(crops: Sequence[Tensor], nets: Mapping[str, Any], settings: Settings) -> list[Example]:
+def examples_of_crops(crops: Sequence[Tensor], nets: Mapping[str, Any], settings: Settings) -> list[Example]:
     """The first calibration crops."""
     singles = [crop for batch in crops for crop in batch.split(1) if min(crop.shape[2:]) >= _SMALL][:_EXAMPLES]
     pictures = [(255 * crop[0].permute(1, 2, 0)).round().byte().numpy() for crop in singles]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,17 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from qsr_plugin.float_networks import FloatNetwork
-from qsr_plugin.memory import peak_memory
-from qsr_plugin.post_training import PostTrained
 from qsr_plugin.progress import track
 from qsr_plugin.quant.schema import Recipe
-from qsr_plugin.quantize_page import of_crops, of_tests, packing_command, page_of
-from qsr_plugin.report.complexity import complexity, method_label
+from qsr_plugin.quantize_page import examples_of_crops, examples_of_tests, packing_command, page_of
+from qsr_plugin.quantize_settings import Scores, Settings, TestSets
+from qsr_plugin.report.complexity import complexity
 from qsr_plugin.report.complexity_types import ComplexityReport
 from qsr_plugin.report.evaluate import evaluate
 from qsr_plugin.report.layers import layer_groups, layer_lines
 from qsr_plugin.report.page import Scored, write_page
 from qsr_plugin.report.result_io import write_results
-from qsr_plugin.report.result_schema import (
-    FLOAT,
-    CalibrationImages,
-    Costs,
-    Quality,
-    Result,
-    described,
-    of_backbone,
-    package_versions,
-)
+from qsr_plugin.report.result_schema import FLOAT, Costs, Quality, Result
 from qsr_plugin.report.tables import results_table, size, summary_table
 from qsr_plugin.report_cli import console
 
@@ -42,74 +29,6 @@ from qsr_plugin.report_cli import console
 _COMPARED, _ALIKE = 8, ((8, 40.0), (0, 30.0))
 #: Below this PSNR it makes something else, and the share of MACs from which on float layers are told.
 _OTHER, _MUCH = 18.0, 0.25
-
-TestSets = Mapping[str, tuple[Path, Path]]
-Scores = dict[str, dict[str, Scored]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for, and what came of it.
-
-    Attributes:
-        weights: Float checkpoint.
-        out: Quantized network.
-        network: The float one.
-        made: The quantized one.
-        seed: Of the draw of crops.
-        folder: Of the calibration images.
-        photos: Whether these were reduced.
-        images: Names of those that were used.
-    """
-
-    weights: Path
-    out: Path
-    network: FloatNetwork
-    made: PostTrained
-    seed: int
-    folder: str
-    photos: bool
-    images: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """Method and bits."""
-        return method_label(self.made.recipe)
-
-    @property
-    def tuned(self) -> bool:
-        """Whether stages of the recipe ran after the calibration."""
-        return "teacher" in self.made.seconds
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks ran."""
-        return next(self.made.net.parameters()).device
-
-    @cached_property
-    def peak(self) -> int:
-        """Bytes of memory that making it took, if it is asked for before the tests."""
-        return peak_memory(self.device)
-
-    def result(self) -> Result:
-        """What is known before any test."""
-        network = self.network
-        backbone = {**of_backbone(network.options), "architecture": network.label, "scale": network.scale}
-        backbone["weights"] = str(self.weights)
-        shared = {"network": self.weights.stem, **backbone, "versions": package_versions()}
-        images = {"reduced": network.scale if self.photos else 1, "images": len(self.images), "names": self.images}
-        return Result(
-            **described(self.made.recipe),
-            **shared,
-            model=str(self.out),
-            tuned=self.tuned,
-            seed=self.seed,
-            calibration=CalibrationImages(folder=self.folder, seed=self.seed, **images),
-            seconds=self.made.seconds,
-            peak_memory=self.peak,
-            reference=Result(label=FLOAT, costs=Costs.of(complexity(network.net), sites=False), **shared),
-            details={"source": network.source, "device": str(self.device), "fragile": list(self.made.fragile)},
-        )
 
 
 def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor]) -> None:
@@ -157,7 +76,7 @@ def report_quantized(settings: Settings, tests: TestSets, crops: Sequence[Tensor
         console.print(summary_table(costs))
         if costs.fab is None:
             console.print(f"'{made.recipe.method}' chooses bits by the image: for FAB and BitOPs, give --test HR LR")
-    examples = of_tests(tests, scores, nets, settings) if tests else of_crops(crops, nets, settings)
+    examples = examples_of_tests(tests, scores, nets, settings) if tests else examples_of_crops(crops, nets, settings)
     remarks = [told for told in (share, warning) if told]
     write_page(page_of(settings, groups, scores, costs, examples, likeness, remarks), html)
     console.print(f"wrote {settings.out}, {json} and {html}", highlight=False, markup=False, soft_wrap=True)

@@ -31,6 +31,7 @@ pytest.importorskip("onnxscript", reason="the extra [deploy] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [deploy] is not installed")
 pytest.importorskip("openvino", reason="the extra [deploy] is not installed")
 
+EDSR = {"num_feat": 16, "num_block": 2, "upscale": 4}
 SIZES = [(16, 16), (17, 23), (5, 40), (31, 8), (3, 4)]
 
 
@@ -56,7 +57,7 @@ def kinds_of(path: Path) -> list[str]:
 @pytest.fixture
 def edsr(tiny_net) -> nn.Module:
     torch.manual_seed(0)
-    return tiny_net("EDSR", num_feat=16, num_block=2, upscale=4)
+    return tiny_net("EDSR", **EDSR)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,11 @@ def exported(
     tiny_net: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[nn.Module, ExportReport]]:
     """A quantized EDSR and what its export says, each made once: ``exported("auto", 8, signed=True)``."""
-    generator = torch.Generator().manual_seed(3)
-    images = [torch.rand(2, 3, 8, 8, generator=generator) for _ in range(3)]
+    images = list(torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(3)).split(2))
 
     @cache
     def make(method: str, bits: int, **how: bool) -> tuple[nn.Module, ExportReport]:
-        net = quantized(tiny_net("EDSR", num_feat=16, num_block=2, upscale=4), method, bits, images)
+        net = quantized(tiny_net("EDSR", **EDSR), method, bits, images)
         return net, export_onnx(net, tmp_path_factory.mktemp("exported") / "net.onnx", (12, 20), **how)
 
     return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,8 @@ from torch import nn
 
 from qsr_plugin.report.result_io import read_table
 from tests.host import harness
+from tests.host.harness import qsr
 from tests.host.test_other_project import TOY_ARCH
-
-
-def qsr(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return harness.run(["-m", "qsr_plugin.cli", *map(str, arguments)], folder, COLUMNS="160")
 
 
 @pytest.fixture
@@ -35,15 +31,14 @@ def project(tmp_path: Path) -> Path:
 
 def test_a_network_of_the_user_is_quantized_and_reported(project: Path) -> None:
     own = ("--import", "my_networks.py")
-    made = qsr(project, *own, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos", "--method", "minmax")
-    assert made.returncode == 0, made.stderr
-    assert "2 of 4 layers at W4A4" in made.stdout
+    given = ("t.pth", "--arch", "toy.yml", "--photos", "photos", "--method", "minmax")
+    said = qsr(project, *own, "quantize", *given, starts=True)
+    assert "2 of 4 layers at W4A4" in said
     guessed = "ToyNet has no role table. Guessed from a run: head head; tail tail.0; the body is the other 2 layers"
-    assert guessed in made.stdout
-    assert "qsr --import my_networks.py export t_minmax_w4a4.safetensors" in " ".join(made.stdout.split())
+    assert guessed in said
+    assert "qsr --import my_networks.py export t_minmax_w4a4.safetensors" in " ".join(said.split())
     for form in (own, ("--import", "my_networks")):
-        told = qsr(project, *form, "report", "t_minmax_w4a4.safetensors")
-        assert told.returncode == 0 and "ToyNet" in told.stdout, told.stderr
+        assert "ToyNet, minmax W4A4" in qsr(project, *form, "report", "t_minmax_w4a4.safetensors", starts=True)
 
 
 def test_a_network_of_the_user_in_a_table_of_methods(project: Path) -> None:
@@ -69,9 +64,7 @@ def test_a_network_of_the_user_in_a_table_of_methods(project: Path) -> None:
 
 
 def test_without_the_import_the_message_names_it(project: Path) -> None:
-    assert "--import" in harness.qsr(
-        project, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos", fails=True
-    )
+    assert "--import" in qsr(project, "quantize", "t.pth", "--arch", "toy.yml", "--photos", "photos", fails=True)
 
 
 @pytest.mark.parametrize(
@@ -88,5 +81,5 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, name: str, content: st
         (tmp_path / "own").mkdir()
         name = f"own/{name}"
         (tmp_path / name).write_text(content)
-    said = harness.qsr(tmp_path, "--import", name, "list", fails=True)
+    said = qsr(tmp_path, "--import", name, "list", fails=True)
     assert says in said and f"--import {name}" in said

@@ -78,11 +78,9 @@ def test_command_line_from_selectors_to_a_network_without(tiny_net, images, tmp_
     net = choosing(tiny_net, images).eval()
     save_quantized(net, tmp_path / "cadyq.safetensors")
     folder = harness.write_photos(tmp_path / "photos", 3, side=48)
-    command = ["-m", "qsr_plugin.cli", "table", "cadyq.safetensors", "-o", "out/table.json"]
-    sizes = ["--patch", "16", "--step", "14", "--batch", "2"]
-    done = harness.run([*command, "--photos", str(folder), *sizes], tmp_path, COLUMNS="120")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "of 16 pixels, 14 apart" in done.stdout and "recipe.policy.table: out/table.json" in done.stdout
+    sizes = ("--patch", 16, "--step", 14, "--batch", 2)
+    said = harness.qsr(tmp_path, "table", "cadyq.safetensors", "-o", "out/table.json", "--photos", folder, *sizes)
+    assert "of 16 pixels, 14 apart" in said and "recipe.policy.table: out/table.json" in said
     made = read_table(tmp_path / "out/table.json")
     assert len(set(made.scores)) == len(made.scores) > 1
 
