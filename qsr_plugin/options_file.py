@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
+import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -60,8 +62,6 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         OptionsError: For a missing, unsafe or circular file, values that do not merge, or a misspelt key.
     """
-    from mmengine.config import Config
-
     path = path.resolve()
     if path in seen:
         raise OptionsError(f"_base_ of {seen[-1]} leads back to {path}")
@@ -71,7 +71,7 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = data.pop("_base_", [])
     if data.get("starts_from"):
         data["starts_from"] = str(_locate(str(data["starts_from"]), path).resolve())
-    merged = Config({})
+    merged = _config_class()({})
     try:
         for base in [bases] if isinstance(bases, str) else bases:
             merged.merge_from_dict(assemble(_locate(base, path), (*seen, path)))
@@ -83,6 +83,19 @@ def assemble(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (TypeError, KeyError) as error:  # a mapping over a plain value
         raise OptionsError(f"{path} does not merge with its _base_: {error.args[0]}") from None
     return merged.to_dict()
+
+
+def _config_class() -> type:
+    """mmengine's ``Config``, also where processes import it together for the first time after an installation.
+
+    yapf, which mmengine imports, then writes a cache that another process may find half written.
+    """
+    try:
+        from mmengine.config import Config
+    except (EOFError, pickle.UnpicklingError):
+        time.sleep(1)
+        from mmengine.config import Config
+    return Config
 
 
 def _refuse_misspelt(data: Any, base: Any, where: str, path: Path, *, deep: bool = True) -> None:

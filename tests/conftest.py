@@ -24,6 +24,12 @@ settings.register_profile("suite", derandomize=True, database=None, deadline=Non
 settings.load_profile("suite")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers that import mmengine together after an installation would meet in a cache that its yapf writes."""
+    if not hasattr(config, "workerinput"):
+        import mmengine.config  # noqa: F401 - before any worker starts
+
+
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., str]:
     """Run a script in a fresh interpreter: ``run_python(code, path=(folder, ...), env={...}, timeout=120)``.

@@ -216,3 +216,26 @@ def test_recipe_errors_name_the_key(tmp_path: Path) -> None:
     text = "network_g: {type: QuantNet, backbone: {type: EDSR}}\nrecipe: {base: pams, bits: {weigth: 4}}"
     with pytest.raises(RecipeError, match=r"recipe\.bits\.weigth: unknown key\. Did you mean 'weight'"):
         load_options(write(tmp_path / "a.yml", text))
+
+
+def test_a_cache_that_another_process_is_writing_is_read_again(tmp_path: Path, run_python) -> None:
+    """After an installation all processes of a training import yapf, through mmengine, at the same time."""
+    said = run_python(
+        """
+import os, sys, time
+from importlib.metadata import version
+from pathlib import Path
+
+name = f"Grammar-py{'.'.join(map(str, sys.version_info))}.pickle"
+half_written = Path(os.environ["XDG_CACHE_HOME"]) / "YAPF" / version("yapf") / name
+half_written.parent.mkdir(parents=True)
+half_written.touch()
+time.sleep = lambda seconds: half_written.unlink()  # as if the other process had got on
+
+from qsr_plugin.options_file import assemble, options_folder
+
+print(assemble(options_folder() / "backbones/edsr_small_x4.yml")["network_g"]["backbone"]["type"], half_written.is_file())
+""",
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert said.split() == ["EDSR", "True"]
